@@ -1,0 +1,45 @@
+# One line each: what a newcomer can do here. `make PYTHON=python3.12 ...` chooses the interpreter:
+# the one that makes .venv, or, for the gpu targets, the one that runs them (nothing is installed).
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm local_norm \
+	dispatch nn supernet,tests/test_$(module).py)
+
+DEMO_MODEL := --model vit_tiny_patch16_224 \
+	--model-kwargs img_size=8 patch_size=2 in_chans=1 num_classes=10 embed_dim=96 depth=6 num_heads=3
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench gpu gpu-test gpu-bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## .venv with pinned dependencies and the project itself, editable
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,export,test]'
+	touch $@
+
+demo: $(STAMP)  ## train, search and export a small ViT on real images: under 5 minutes on two cores
+	rm -rf runs/demo-dense runs/demo
+	$(BIN)/ofb train --output runs/demo-dense $(DEMO_MODEL)
+	$(BIN)/ofb search --output runs/demo --checkpoint runs/demo-dense/export --target 50%
+
+test: $(STAMP)  ## lint and every test: under 12 minutes on two cores
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+bench: $(STAMP)  ## a search step beside a dense step, on this CPU
+	$(BIN)/python -m benchmarks.step --device cpu
+
+gpu: gpu-test gpu-bench  ## op tests and benchmarks on this machine's GPU, with $(PYTHON) as it is
+
+gpu-test:  ## the op tests on real kernels
+	$(PYTHON) -m pytest -q $(OP_TESTS)
+
+gpu-bench:  ## the op and step benchmarks, as CSV under benchmarks/results
+	$(PYTHON) -m benchmarks.ops --device cuda
+	$(PYTHON) -m benchmarks.step --device cuda

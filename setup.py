@@ -1,0 +1,24 @@
+from setuptools import find_packages, setup
+
+CLI = ["tyro>=0.9", "rich>=13", "tensorboard>=2.15", "matplotlib>=3.8", "scikit-learn>=1.3", "pyyaml>=6"]
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
+
+setup(
+    name="ofb-kernels",
+    version="0.1.0",
+    description="Once-for-both compression of vision transformers, on fused bi-mask kernels",
+    author="OFB Kernels authors",
+    license="MIT",
+    packages=find_packages(include=["ofb", "ofb.*", "ofb_kernels", "ofb_kernels.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "timm>=1.0.23",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+    ],
+    extras_require={"cli": CLI, "export": EXPORT, "test": TEST + CLI + EXPORT},
+    entry_points={"console_scripts": ["ofb = ofb.cli:main"]},
+)
