@@ -1,0 +1,105 @@
+"""Which backend runs, and why.
+
+Order of decision: the call's own `backend=`, the innermost `use_backend(...)`, the environment's
+`OFB_KERNELS_BACKEND`, and without any of them triton where it supports the call on a CUDA device, else eager.
+A backend asked for by name either serves the call or raises; it is never replaced silently.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "eager", "triton")
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETED_DTYPES = (torch.float32, torch.float16, torch.float64)  # Triton's interpreter computes garbage in bf16
+
+# Triton reads this when a kernel is decorated, so it cannot change after import.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_requested: list[str] = []
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every op inside the `with` block on one backend.
+
+    Args:
+        backend: "reference", "eager" or "triton".
+
+    Raises:
+        ValueError: `backend` is none of these.
+    """
+    _check_name(backend, "backend")
+    _requested.append(backend)
+    try:
+        yield
+    finally:
+        _requested.pop()
+
+
+def choose_backend(op: str, backend: str | None, inputs: dict[str, Tensor], limits: str | None = None) -> str:
+    """Name of the backend that serves this call.
+
+    Args:
+        op: name of the public op, for messages.
+        backend: what the caller asked for, or None.
+        inputs: the op's floating-point tensors by argument name.
+        limits: why the Triton kernel of this op cannot take these sizes, or None where it can.
+
+    Raises:
+        ValueError: the name is unknown, or the backend asked for cannot serve the call.
+    """
+    requested, source = _request(backend)
+    if requested is None:
+        first = next(iter(inputs.values()))
+        return "triton" if first.is_cuda and triton_refusal(inputs, limits) is None else "eager"
+    _check_name(requested, source)
+    if requested == "triton":
+        refusal = triton_refusal(inputs, limits)
+        if refusal is not None:
+            raise ValueError(
+                f"{op}: {source}='triton' cannot serve this call: {refusal}. "
+                "Use backend='eager', or leave the choice to the package."
+            )
+    return requested
+
+
+def triton_refusal(inputs: dict[str, Tensor], limits: str | None = None) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None where they can."""
+    if not has_triton():
+        return "expected the package triton to be installed, got no such package"
+    supported = _INTERPRETED_DTYPES if INTERPRETED else _CUDA_DTYPES
+    for name, tensor in inputs.items():
+        if not INTERPRETED and not tensor.is_cuda:
+            return f"expected {name} on a CUDA device, got {tensor.device} (TRITON_INTERPRET=1 interprets on a CPU)"
+        if tensor.dtype not in supported:
+            return f"expected {name} as one of {', '.join(map(_short, supported))}, got {_short(tensor.dtype)}"
+    return limits
+
+
+def has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _request(backend: str | None) -> tuple[str | None, str]:
+    if backend is not None:
+        return backend, "backend"
+    if _requested:
+        return _requested[-1], "use_backend"
+    return os.environ.get("OFB_KERNELS_BACKEND") or None, "OFB_KERNELS_BACKEND"
+
+
+def _check_name(backend: str, source: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

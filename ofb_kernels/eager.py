@@ -1,0 +1,92 @@
+"""Every op in its fastest plain PyTorch form, for any device: the mask goes into the weights, attention into SDPA.
+
+Same arguments as in reference.py. These are the formulations a good engineer writes by hand; they compile, and they
+are what the Triton kernels have to beat.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ofb_kernels.reference import ACTIVATIONS, HEAD_IMPORTANCE_UNIT, candidate_probabilities, ranks
+
+
+def bimask(
+    score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor, alive: Tensor
+) -> Tensor:
+    """The sparsity of every rank is one small table, looked up at the units' ranks."""
+    heads, channels = score.shape
+    importance = score.sigmoid()
+    head_rank = ranks((importance * HEAD_IMPORTANCE_UNIT).long().sum(1))
+    channel_rank = ranks(score)
+    p = candidate_probabilities(alpha, alive)
+    keeps_head = _staircase(head_counts, heads, p)  # (H, A)
+    keeps_channel = _staircase(channel_counts, channels, p)  # (d, B)
+    sparsity_of_rank = keeps_head @ p @ keeps_channel.t()  # (H, d)
+    sparsity = sparsity_of_rank[head_rank[:, None], channel_rank]
+    return torch.lerp(sparsity, importance, lam)
+
+
+def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
+    folded_weight = (weight * mask[:, None]).to(weight.dtype)
+    folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
+    return ACTIVATIONS[activation](F.linear(x, folded_weight, folded_bias))
+
+
+def masked_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    mask: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    return F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
+
+
+def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """(q ⊙ m)(k ⊙ m)ᵀ = (q ⊙ m²) kᵀ and softmax(·)(v ⊙ m) = (softmax(·) v) ⊙ m: two products instead of three."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+    q = (q * mask[:, None].square()).to(qkv.dtype)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return (attended.transpose(1, 2) * mask).to(qkv.dtype).flatten(2)
+
+
+def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
+    share = mask / mask.sum()
+    centered = x - (x @ share)[..., None]
+    variance = centered.square() @ share
+    normalized = centered * (variance + eps).rsqrt()[..., None]
+    if bias is None:
+        return normalized * (weight * mask)
+    return torch.addcmul(bias * mask, normalized, weight * mask)
+
+
+def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
+    """The window mean is separable: two products with banded averaging matrices instead of window² additions."""
+    height, width = images.shape[-2:]
+    rows, row_counts = _averaging_matrix(height, window, images)
+    columns, column_counts = _averaging_matrix(width, window, images)
+
+    def window_mean(values: Tensor) -> Tensor:
+        return rows @ values @ columns.t()
+
+    pixels = row_counts[:, None] * column_counts
+    mean = window_mean(images)
+    variance = (window_mean(images.square()) - mean.square()) * (pixels / (pixels - 1).clamp(min=1))
+    return (images - mean) * (variance.clamp(min=0) + eps).rsqrt()
+
+
+def _staircase(counts: Tensor, units: int, like: Tensor) -> Tensor:
+    """(units, len(counts)): 1 where the rank lies below the count."""
+    rank = torch.arange(units, device=like.device)
+    return (rank[:, None] < counts).to(like.dtype)
+
+
+def _averaging_matrix(size: int, window: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The (size, size) matrix that averages over a window cut off at the ends, and how many entries each row has."""
+    position = torch.arange(size, device=like.device)
+    inside = ((position[:, None] - position).abs() <= window // 2).to(like.dtype)
+    counts = inside.sum(1)
+    return inside / counts[:, None], counts

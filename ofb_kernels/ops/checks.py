@@ -1,0 +1,57 @@
+"""Argument checks shared by the public ops. Each message names the argument, what was expected and what was got."""
+
+import torch
+from torch import Tensor
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor given is a floating-point tensor, all on one device."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected {name} as a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: expected {name} as a floating-point tensor, got {tensor.dtype}")
+        if device is not None and tensor.device != device:
+            raise ValueError(f"{op}: expected every tensor on {device}, got {name} on {tensor.device}; move it there")
+        device = tensor.device
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, *expected: int | str) -> None:
+    """The shape is `expected`; a string stands for a dimension of any size, "..." for any leading dimensions."""
+    if tensor is None:
+        return
+    sizes = expected[1:] if expected and expected[0] == "..." else expected
+    tail = tensor.shape[tensor.dim() - len(sizes) :] if len(sizes) else ()
+    right_rank = tensor.dim() >= len(sizes) if sizes is not expected else tensor.dim() == len(sizes)
+    if not right_rank or any(isinstance(e, int) and e != got for e, got in zip(sizes, tail, strict=True)):
+        wanted = ", ".join(map(str, expected))
+        raise ValueError(f"{op}: expected {name} of shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: expected {name} as one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def compute_dtype(op: str, x: Tensor, **weights: Tensor | None) -> torch.dtype:
+    """The dtype the op computes in and returns: autocast's where it is on, else x's, which the weights must share.
+
+    The mask may have any floating dtype: it is multiplied in at accumulator precision.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if autocast:
+        return torch.get_autocast_dtype(x.device.type)
+    for name, weight in weights.items():
+        if weight is not None and weight.dtype != x.dtype:
+            raise TypeError(
+                f"{op}: expected {name} of x's dtype {x.dtype}, got {weight.dtype}; convert it, or use torch.autocast"
+            )
+    return x.dtype
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward can follow, so that the forward has to keep what it needs."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

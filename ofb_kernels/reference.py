@@ -1,0 +1,94 @@
+"""Every op in a few lines of plain PyTorch: the definition of "right".
+
+Reading this file alone tells what the whole package computes. Nothing here is fast, everything is exact in float64,
+and every other backend is tested against it. Arguments are those of the public ops and already checked.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+# Head importances are summed in units of 2^-30: an integer sum does not depend on its order, so ties stay ties.
+HEAD_IMPORTANCE_UNIT = 2**30
+
+
+def ranks(importance: Tensor) -> Tensor:
+    """Rank of each entry along the last dimension, the largest first, equal entries by index."""
+    return importance.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def candidate_probabilities(alpha: Tensor, alive: Tensor) -> Tensor:
+    """Softmax of the architecture logits over all alive candidates together, 0 for the others."""
+    return alpha.masked_fill(~alive, -torch.inf).flatten().softmax(0).view_as(alpha)
+
+
+def bimask(
+    score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor, alive: Tensor
+) -> Tensor:
+    """m = λ·S + (1 − λ)·V for score (H, d), alpha and alive (A, B), head_counts (A,), channel_counts (B,).
+
+    A submodule without heads is the case H = 1, A = 1.
+    """
+    importance = score.sigmoid()
+    head_rank = ranks((importance * HEAD_IMPORTANCE_UNIT).long().sum(1))  # (H,)
+    channel_rank = ranks(score)  # (H, d)
+    keeps_head = head_rank[:, None] < head_counts  # (H, A)
+    keeps_channel = channel_rank[..., None] < channel_counts  # (H, d, B)
+    p = candidate_probabilities(alpha, alive)
+    sparsity = torch.einsum("ha,ab,hdb->hd", keeps_head.to(p.dtype), p, keeps_channel.to(p.dtype))
+    return lam * importance + (1 - lam) * sparsity
+
+
+def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
+    """act((x Wᵀ + b) ⊙ mask)."""
+    return ACTIVATIONS[activation](F.linear(x, weight, bias) * mask.to(x.dtype))
+
+
+def masked_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    mask: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """fc2(act(fc1(x) ⊙ mask))."""
+    return F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
+
+
+def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale) v with q, k and v each ⊙ mask; qkv (B, N, 3, H, d) → (B, N, H·d)."""
+    q, k, v = (qkv * mask.to(qkv.dtype)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+    attention = (q @ k.transpose(-2, -1) * scale).softmax(-1)
+    return (attention @ v).transpose(1, 2).flatten(2)
+
+
+def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
+    """LayerNorm in which channel i counts with weight mask_i, its output ⊙ mask."""
+    total = mask.sum()
+    mean = (x * mask).sum(-1, keepdim=True) / total
+    variance = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
+    normalized = (x - mean) * (variance + eps).rsqrt() * weight
+    return (normalized if bias is None else normalized + bias) * mask
+
+
+def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
+    """(x − μ) / √(σ² + eps), μ and unbiased σ² over the window around each pixel, as far as it lies in the image."""
+    half = window // 2
+
+    def window_mean(values: Tensor) -> Tensor:
+        return F.avg_pool2d(values, window, stride=1, padding=half, count_include_pad=False)
+
+    pixels = F.avg_pool2d(torch.ones_like(images), window, stride=1, padding=half, divisor_override=1)
+    mean = window_mean(images)
+    variance = (window_mean(images.square()) - mean.square()) * pixels / (pixels - 1).clamp(min=1)
+    return (images - mean) / (variance.clamp(min=0) + eps).sqrt()

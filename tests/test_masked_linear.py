@@ -1,0 +1,152 @@
+"""masked_linear: every backend against the float64 reference, gradients, compilation, bad input."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from ofb_kernels.ops.masked_linear import ACTIVATIONS, masked_linear
+from ofb_kernels.testing import check_op
+from tests.common import BACKENDS, dtypes_of
+
+
+def make_inputs(leading, inner, columns, dtype, device, bias=True):
+    inputs = {
+        "x": torch.randn(*leading, inner, device=device),
+        "weight": torch.randn(columns, inner, device=device) / inner**0.5,
+        "bias": torch.randn(columns, device=device) if bias else None,
+        "mask": torch.rand(columns, device=device),
+    }
+    return {name: tensor.to(dtype) for name, tensor in inputs.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_matches_float64(backend, dtype, activation, device):
+    inputs = make_inputs((2, 197), 72, 200, dtype, device)
+    check_op(masked_linear, inputs, {"activation": activation}, backend, reduction=2 * 197)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_bias(backend, device):
+    inputs = make_inputs((5, 3), 17, 9, torch.float32, device, bias=False)
+    check_op(masked_linear, inputs, {"bias": None, "activation": "gelu"}, backend, reduction=17)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    leading=st.lists(st.integers(1, 9), max_size=3),
+    inner=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    transposed=st.booleans(),
+    step=st.integers(1, 3),
+)
+def test_any_shape_and_strides(backend, leading, inner, columns, transposed, step):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs(leading, inner * step, columns, torch.float32, device)
+    inputs["x"] = inputs["x"][..., ::step]
+    inputs["weight"] = inputs["weight"][:, ::step]
+    inputs["mask"] = torch.rand(columns * step, device=device)[::step]
+    if transposed:
+        inputs["weight"] = inputs["weight"].t().contiguous().t()
+    rows = max(1, torch.Size(leading).numel())
+    check_op(masked_linear, inputs, {"activation": "gelu"}, backend, reduction=max(rows, inner))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stride_0_gradient(backend, device):
+    inputs = make_inputs((4, 5), 6, 7, torch.float32, device)
+    cotangent = torch.ones((), device=device).expand(4, 5, 7)
+    check_op(masked_linear, inputs, {"activation": "gelu"}, backend, reduction=20, cotangent=cotangent)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, device):
+    inputs = {n: t.requires_grad_() for n, t in make_inputs((0, 5), 6, 7, torch.float32, device).items()}
+    out = masked_linear(**inputs, activation="gelu", backend=backend)
+    out.sum().backward()
+    assert out.shape == (0, 5, 7)
+    assert all((tensor.grad == 0).all() for tensor in inputs.values())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend, activation, device):
+    if backend == "triton" and device == "cuda":
+        pytest.skip("the kernels take no float64 on a GPU")
+    inputs = [t.requires_grad_() for t in make_inputs((3,), 5, 4, torch.float64, device).values()]
+    assert gradcheck(lambda *tensors: masked_linear(*tensors, activation, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice(backend, device):
+    inputs = make_inputs((3, 100), 40, 50, torch.float32, device)
+
+    def run():
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
+        out = masked_linear(*leaves, "gelu", backend=backend)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_computes_in_its_dtype(backend, device):
+    low = torch.float16 if backend == "triton" else torch.bfloat16
+    inputs = make_inputs((2, 33), 24, 40, torch.float32, device)
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    with torch.autocast(device, dtype=low):
+        out = masked_linear(**leaves, activation="gelu", backend=backend)
+    out.float().sum().backward()
+    assert out.dtype == low
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+    expected = masked_linear(**{n: t.to(low) for n, t in inputs.items()}, activation="gelu", backend="reference")
+    torch.testing.assert_close(out, expected, atol=8 * torch.finfo(low).eps, rtol=8 * torch.finfo(low).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_to_one_graph(backend, device):
+    inputs = [t.requires_grad_() for t in make_inputs((3, 5), 8, 6, torch.float32, device).values()]
+    compiled = torch.compile(
+        lambda *tensors: masked_linear(*tensors, "gelu", backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    out = compiled(*inputs)
+    expected = masked_linear(*inputs, "gelu", backend=backend)
+    torch.testing.assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias, device):
+    inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, 6, torch.float32, device, bias).items()}
+    arguments = (inputs["x"], inputs["weight"], inputs.get("bias"), inputs["mask"], "gelu", True)
+    torch.library.opcheck(torch.ops.ofb_kernels.masked_linear.default, arguments)
+    arguments = (torch.randn(15, 6, device=device), torch.randn(15, 6, device=device), inputs["mask"].detach(), "gelu")
+    torch.library.opcheck(torch.ops.ofb_kernels.masked_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mask": torch.rand(5)}, ValueError, r"expected mask of shape \(6\), got \(5,\)"),
+        ({"weight": torch.randn(6, 7)}, ValueError, r"expected weight of shape \(N, 8\), got \(6, 7\)"),
+        ({"weight": torch.randn(8)}, ValueError, r"expected weight of shape \(N, 8\), got \(8,\)"),
+        ({"bias": torch.randn(1, 6)}, ValueError, r"expected bias of shape \(6\), got \(1, 6\)"),
+        ({"x": torch.randn(())}, ValueError, r"expected x of shape \(\.\.\., K\), got \(\)"),
+        ({"x": torch.ones(3, 8).long()}, TypeError, "expected x as a floating-point tensor, got torch.int64"),
+        ({"x": torch.randn(3, 8).half()}, TypeError, "expected weight of x's dtype torch.float16, got torch.float32"),
+        ({"mask": torch.rand(6, device="meta")}, ValueError, "got mask on meta"),
+        ({"mask": [1.0] * 6}, TypeError, "expected mask as a torch.Tensor, got list"),
+        ({"activation": "tanh"}, ValueError, "expected activation as one of .*, got 'tanh'"),
+        ({"backend": "cuda"}, ValueError, "expected one of reference, eager, triton, got 'cuda'"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = make_inputs((3,), 8, 6, torch.float32, "cpu") | change
+    with pytest.raises(error, match=message):
+        masked_linear(**arguments)
