@@ -44,7 +44,7 @@ def forward(
     if out.numel() > 0:
         with on_device_of(x):
             _forward_kernel[(tiles_m * tiles_n,)](
-                x, weight, bias, mask, out, pre,
+                x, weight, None if bias is None else bias.contiguous(), mask.contiguous(), out, pre,
                 rows, columns, inner,
                 x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
                 ACTIVATION=activation, SAVE_PRE=save_pre, ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(),
@@ -65,7 +65,7 @@ def backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None
     if pre.numel() > 0:
         with on_device_of(pre):
             _backward_kernel[(triton.cdiv(columns, configuration["BLOCK_N"]), chunks)](
-                grad_out, pre, mask, grad_pre, partial_mask, partial_bias,
+                grad_out, pre, mask.contiguous(), grad_pre, partial_mask, partial_bias,
                 rows, columns,
                 grad_out.stride(0), grad_out.stride(1),
                 ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), **configuration,
