@@ -19,6 +19,7 @@ from ofb_kernels.kernels.common import (
     dot_precision,
     on_device_of,
 )
+from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile
 
 # Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only).
 FORWARD_CONFIGURATIONS = {
@@ -27,7 +28,6 @@ FORWARD_CONFIGURATIONS = {
     8: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
 }
 BACKWARD_CONFIGURATION = dict(BLOCK_M=32, BLOCK_N=64, STEPS=16, num_warps=4, num_stages=2)
-GROUP_M = 8  # consecutive programs share GROUP_M row tiles, so their weight tiles are still in L2
 
 
 def forward(
@@ -129,39 +129,3 @@ def _backward_kernel(
         grad_bias += tl.sum(grad_pre, 0)
     tl.store(partial_mask_ptr + chunk * columns + offsets_n, grad_mask, mask=in_columns)
     tl.store(partial_bias_ptr + chunk * columns + offsets_n, grad_bias, mask=in_columns)
-
-
-@triton.jit
-def grouped_tile(program, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of this program's tile, walking GROUP_M row tiles before the next column of tiles."""
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(columns, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    group_rows = min(tiles_m - first_m, GROUP_M)
-    within = program % (GROUP_M * tiles_n)
-    return first_m + within % group_rows, within // group_rows
-
-
-@triton.jit
-def product_tile(
-    a_ptr, b_ptr, offsets_m, offsets_n, rows, columns, inner,
-    stride_am, stride_ak, stride_bn, stride_bk,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One (BLOCK_M, BLOCK_N) tile of A Bᵀ for A (rows, inner) and B (columns, inner), any strides."""
-    offsets_k = tl.arange(0, BLOCK_K)
-    in_rows = (offsets_m < rows)[:, None]
-    in_columns = (offsets_n < columns)[None, :]
-    a_ptrs = a_ptr + offsets_m.to(tl.int64)[:, None] * stride_am + offsets_k.to(tl.int64)[None, :] * stride_ak
-    b_ptrs = b_ptr + offsets_n.to(tl.int64)[None, :] * stride_bn + offsets_k.to(tl.int64)[:, None] * stride_bk
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    for start_k in range(0, inner, BLOCK_K):
-        in_inner = offsets_k < inner - start_k
-        a = tl.load(a_ptrs, mask=in_rows & in_inner[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-        b = tl.load(b_ptrs, mask=in_inner[:, None] & in_columns, other=0.0)  # (BLOCK_K, BLOCK_N)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
-    return accumulator
