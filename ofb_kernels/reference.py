@@ -25,6 +25,12 @@ def ranks(importance: Tensor) -> Tensor:
     return importance.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
+def unit_ranks(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks (H,) of the heads by Σ_channels S, and ranks (H, d) of the channels inside each head by s."""
+    head_importance = (score.sigmoid() * HEAD_IMPORTANCE_UNIT).long().sum(1)
+    return ranks(head_importance), ranks(score)
+
+
 def candidate_probabilities(alpha: Tensor, alive: Tensor) -> Tensor:
     """Softmax of the architecture logits over all alive candidates together, 0 for the others."""
     return alpha.masked_fill(~alive, -torch.inf).flatten().softmax(0).view_as(alpha)
@@ -38,8 +44,7 @@ def bimask(
     A submodule without heads is the case H = 1, A = 1.
     """
     importance = score.sigmoid()
-    head_rank = ranks((importance * HEAD_IMPORTANCE_UNIT).long().sum(1))  # (H,)
-    channel_rank = ranks(score)  # (H, d)
+    head_rank, channel_rank = unit_ranks(score)
     keeps_head = head_rank[:, None] < head_counts  # (H, A)
     keeps_channel = channel_rank[..., None] < channel_counts  # (H, d, B)
     p = candidate_probabilities(alpha, alive)

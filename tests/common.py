@@ -1,6 +1,7 @@
 """Which backends and dtypes a test runs with on this machine."""
 
 import pytest
+import timm
 import torch
 
 BACKENDS = ("reference", "eager", "triton")
@@ -16,3 +17,9 @@ def dtypes_of(*backends: str) -> list:
         for backend in backends
         for dtype in (triton_dtypes if backend == "triton" else plain_dtypes)
     ]
+
+
+def tiny_vit(name: str = "vit_tiny_patch16_224", **options) -> torch.nn.Module:
+    """A small timm model of the named kind: 16 × 16 images, 16 patches."""
+    sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+    return timm.create_model(name, **(sizes | options))

@@ -1,0 +1,123 @@
+"""BiMask: what a searchable submodule learns about its units and its sizes (OFB, CVPR 2024, section 3.2)."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ofb.supernet.losses import adaptive_one_hot_loss
+from ofb.supernet.pruning import replace_data, reset_moments
+from ofb.supernet.search_space import Candidates
+from ofb_kernels import bimask
+from ofb_kernels.reference import candidate_probabilities, unit_ranks
+
+SCORE_STD = 0.2
+
+
+class BiMask(nn.Module):
+    """Scores of a submodule's H × d units and architecture logits of its candidate sizes.
+
+    A submodule without heads has H = 1. Once a single candidate is left the submodule is final: its mask is then a
+    plain learnable scale of each unit.
+
+    Args:
+        candidates: the sizes to choose from.
+        score_mean: where the scores start, give or take `SCORE_STD`; S starts at sigmoid(score_mean).
+
+    Attributes:
+        score: (H · d,), importance logits s.
+        alpha: (A, B), architecture logits of A head counts × B channel counts.
+        scale: (H · d,), the mask of a final submodule; it exists from the start so that any optimizer knows it.
+        alive: (A, B) bool.
+        candidates: the sizes behind alpha, on the host.
+        final: whether one candidate is left, on the host.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        score_mean: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        grid = (len(candidates.heads), len(candidates.channels))
+        self.score = nn.Parameter(torch.empty(candidates.units, device=device, dtype=dtype))
+        nn.init.trunc_normal_(self.score, score_mean, SCORE_STD, score_mean - 2 * SCORE_STD, score_mean + 2 * SCORE_STD)
+        self.alpha = nn.Parameter(torch.rand(grid, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.ones_like(self.score))
+        self.register_buffer("alive", torch.ones(grid, dtype=torch.bool, device=device))
+        self.register_buffer("head_counts", torch.tensor(candidates.heads, device=device))
+        self.register_buffer("channel_counts", torch.tensor(candidates.channels, device=device))
+        self.candidates = candidates
+        self.final = self.alpha.numel() == 1
+
+    def mask(self, lam: Tensor | float) -> Tensor:
+        """m (H, d): λ·S + (1 − λ)·V while the size is open, the learned scale once it is final."""
+        if self.final:
+            return self.scale.view(self.candidates.full)
+        score = self.score.view(self.candidates.full)
+        return bimask(score, self.alpha, (self.head_counts, self.channel_counts), lam, self.alive)
+
+    def sparsity(self) -> Tensor:
+        """V (H, d), all ones once the size is final."""
+        return torch.ones_like(self.score).view(self.candidates.full) if self.final else self.mask(0.0)
+
+    def expected_units(self) -> Tensor:
+        """Σ p · size in units; 0-d, differentiable in alpha."""
+        p = candidate_probabilities(self.alpha, self.alive)
+        return (p * (self.head_counts[:, None] * self.channel_counts)).sum()
+
+    def one_hot_loss(self, score_penalty: float) -> Tensor:
+        """Adaptive one-hot loss plus score_penalty · Σ S."""
+        return adaptive_one_hot_loss(self.alpha, self.alive) + score_penalty * self.score.sigmoid().sum()
+
+    # What follows reads values back from the device: for pruning events only.
+
+    @torch.no_grad()
+    def sizes(self, alive: Tensor) -> dict[tuple[int, int], float]:
+        """Probability of each size (heads, channels) that lives in `alive` (A, B), over these alone."""
+        p = candidate_probabilities(self.alpha.double(), alive.to(self.alpha.device)).tolist()
+        return {
+            (heads, channels): p[a][b]
+            for a, heads in enumerate(self.candidates.heads)
+            for b, channels in enumerate(self.candidates.channels)
+            if alive[a, b]
+        }
+
+    @torch.no_grad()
+    def survivors(self, threshold: float) -> Tensor:
+        """(A, B) bool: alive candidates with p > threshold / n, n being alive; the likeliest one always survives."""
+        p = candidate_probabilities(self.alpha, self.alive)
+        surviving = self.alive & (p > threshold / self.alive.sum())
+        surviving.view(-1)[p.argmax()] = True
+        return surviving
+
+    @torch.no_grad()
+    def units_kept_by(self, alive: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Units that the largest size in `alive` keeps, as ascending indices into H · d, and that size (H', d')."""
+        heads = self.candidates.heads[int(alive.any(1).nonzero().max())]
+        channels = self.candidates.channels[int(alive.any(0).nonzero().max())]
+        head_rank, channel_rank = unit_ranks(self.score.view(self.candidates.full))
+        kept = (head_rank[:, None] < heads) & (channel_rank < channels)
+        return kept.flatten().nonzero().flatten(), (heads, channels)
+
+    @torch.no_grad()
+    def keep_candidates(self, alive: Tensor, lam: Tensor, optimizer: Optimizer | None) -> None:
+        """All candidates outside `alive` die; those larger than every living one vanish.
+
+        The units beyond must already be gone from score and scale. One candidate left makes the submodule final.
+        """
+        rows, columns = int(alive.any(1).nonzero().max()) + 1, int(alive.any(0).nonzero().max()) + 1
+        if (rows, columns) != tuple(self.alpha.shape):
+            replace_data(self.alpha, self.alpha.data[:rows, :columns].clone())
+            reset_moments(self.alpha, optimizer)
+        self.alive = alive[:rows, :columns].to(self.alive.device)
+        self.head_counts, self.channel_counts = self.head_counts[:rows], self.channel_counts[:columns]
+        self.refresh()
+        if self.final:
+            self.scale.copy_(torch.lerp(torch.ones_like(self.score), self.score.sigmoid(), lam))
+
+    def refresh(self) -> None:
+        """Read back from the buffers what the host knows of them."""
+        self.candidates = Candidates(tuple(self.head_counts.tolist()), tuple(self.channel_counts.tolist()))
+        self.final = int(self.alive.sum()) == 1

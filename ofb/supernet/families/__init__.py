@@ -1,0 +1,48 @@
+"""Model families: what the units of each submodule are, in parameters, sizes and MACs."""
+
+from types import ModuleType
+
+from torch import nn
+
+from ofb.supernet.families import vit
+
+FAMILIES = {vit.NAME: vit}
+
+
+def family_of(model: nn.Module) -> ModuleType:
+    """The family module that knows this model.
+
+    Raises:
+        ValueError: no family can search it; the message says why.
+    """
+    vit.check(model)
+    return vit
+
+
+def describe(model: nn.Module) -> dict:
+    """What `build` needs to make the same architecture again: plain numbers and strings, fit for JSON."""
+    family = family_of(model)
+    return {"family": family.NAME, **family.describe(model)}
+
+
+def build(description: dict) -> nn.Module:
+    """A plain timm model of a described architecture, with fresh weights.
+
+    Raises:
+        ValueError: the description is of no known family or lacks an entry.
+    """
+    name = description.get("family")
+    if name not in FAMILIES:
+        raise ValueError(f"description: expected family as one of {', '.join(FAMILIES)}, got {name!r}")
+    return FAMILIES[name].build(description)
+
+
+def count_macs(model: nn.Module) -> int:
+    """Exact multiply-accumulates of one image through a plain timm model, whatever the sizes of its blocks.
+
+    Raises:
+        ValueError: no family knows the model.
+    """
+    family = family_of(model)
+    sizes = {name: submodule.candidates.units for name, submodule in family.submodules(model).items()}
+    return family.macs(model).total(sizes)

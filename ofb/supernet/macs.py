@@ -1,0 +1,33 @@
+"""Cost model: multiply-accumulates of one image, exact for sizes, differentiable for expected sizes.
+
+Counted are the products of convolutions, linear layers and attention. Biases, norms, activations and softmax are not,
+as in the paper and in torch.utils.flop_counter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Macs:
+    """MACs of a network with one residual width: width · fixed + Σ units · (width · per_width + constant).
+
+    Attributes:
+        fixed: MACs per channel of the residual width in patch embedding and classifier.
+        per_unit: for each searchable submodule but the width, (per_width, constant) of one of its units.
+    """
+
+    fixed: int
+    per_unit: Mapping[str, tuple[int, int]]
+
+    def total(self, sizes: Mapping[str, int | Tensor]) -> int | Tensor:
+        """MACs for sizes in units ("embed" is the width); an int for ints, differentiable for 0-d tensors.
+
+        The expectation over independent candidates is exact: the total is linear in each submodule's units.
+        """
+        width = sizes["embed"]
+        return width * self.fixed + sum(
+            sizes[name] * (width * per_width + constant) for name, (per_width, constant) in self.per_unit.items()
+        )

@@ -1,0 +1,375 @@
+"""Supernet: a timm Vision Transformer with bi-masks on it, searched while it trains (OFB, CVPR 2024)."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ofb.supernet.bimask import BiMask
+from ofb.supernet.budget import TOLERANCE, choose_sizes, parse_target, reachable
+from ofb.supernet.families import FAMILIES, family_of
+from ofb.supernet.losses import classification_loss, macs_loss, reconstruction_loss
+from ofb.supernet.pruning import Coupling, keep_units
+from ofb.supernet.schedules import prunes_after, ramp
+from ofb_kernels import use_backend
+
+LAM_START, LAM_END = 0.99, 0.1
+PATCH_RATIO_START, PATCH_RATIO_END = 0.05, 0.25
+RESIDUAL_MASKS = ("stream", "input")
+
+
+@dataclass
+class Losses:
+    """The losses of one step, 0-d tensors; `total` is what to differentiate, the others are detached parts of it."""
+
+    total: Tensor
+    classification: Tensor
+    one_hot: Tensor
+    macs: Tensor
+    reconstruction: Tensor
+
+
+class Supernet(nn.Module):
+    """A timm model whose residual width, attention heads and channels, and hidden channels are searched.
+
+    Use it like a model: `loss(...)`, backward, `optimizer.step()`, then `step(optimizer)`; at the end `extract()`.
+
+    Args:
+        model: a timm VisionTransformer (ViT, DeiT, distilled DeiT); taken over, not copied.
+        target: cost of the network to find: "50%" of the dense MACs, "1.1G", a number, or {"macs": …}.
+        epochs: length of the search.
+        steps_per_epoch: optimizer steps in an epoch (the default is ImageNet-1K at batch 1024).
+        warmup_epochs: epochs over which λ falls and the share of masked patches grows; a fifth of `epochs` if None.
+        residual_mask: "stream" masks whatever enters the residual stream and weighs LayerNorm by V; "input" masks the
+            embedding only, as the released code does.
+        score_mean: where the importance logits start; S starts at sigmoid(score_mean).
+        label_smoothing: of the classification loss, for targets given as class indices.
+        one_hot_weight, macs_weight: weights of these losses.
+        score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
+        prunes_per_epoch: pruning events in an epoch.
+        prune_threshold: a candidate dies at p ≤ prune_threshold / n, with n candidates alive.
+        backend: backend of all ops, None for the package's choice.
+
+    Raises:
+        ValueError: the model cannot be searched, the target is out of reach, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: str | float | Mapping[str, str | float] = "50%",
+        *,
+        epochs: int = 100,
+        steps_per_epoch: int = 1251,
+        warmup_epochs: float | None = None,
+        residual_mask: str = "stream",
+        score_mean: float = 0.0,
+        label_smoothing: float = 0.1,
+        one_hot_weight: float = 0.5,
+        macs_weight: float = 5.0,
+        score_penalty: float = 1e-4,
+        attention_score_penalty: float = 4e-4,
+        prunes_per_epoch: int = 3,
+        prune_threshold: float = 0.2,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "prunes_per_epoch": prunes_per_epoch}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if residual_mask not in RESIDUAL_MASKS:
+            raise ValueError(f"residual_mask: expected one of {', '.join(RESIDUAL_MASKS)}, got {residual_mask!r}")
+        self.model = model
+        self.family_name = family_of(model).NAME
+        self.total_steps, self.steps_per_epoch = epochs * steps_per_epoch, steps_per_epoch
+        self.warmup_steps = round((epochs / 5 if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
+        self.residual_mask = residual_mask
+        self.label_smoothing, self.one_hot_weight, self.macs_weight = label_smoothing, one_hot_weight, macs_weight
+        self.score_penalty, self.attention_score_penalty = score_penalty, attention_score_penalty
+        self.prunes_per_epoch, self.prune_threshold = prunes_per_epoch, prune_threshold
+        self.backend = backend
+
+        submodules = self.family.submodules(model)
+        weight = next(model.parameters())
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.macs = self.family.macs(model)
+        self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
+        self.target_macs = parse_target(target, self.dense_macs)
+        self.bimasks = nn.ModuleDict({n: BiMask(s.candidates, score_mean, **like) for n, s in submodules.items()})
+        self.patch_size = model.patch_embed.patch_size[0]
+        pixels = self.patch_size**2 * model.patch_embed.proj.in_channels
+        self.decoder = nn.Conv2d(model.embed_dim, pixels, 1, **like)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim, **like))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
+        self.register_buffer("lam", torch.zeros((), **like), persistent=False)
+        self.register_buffer("patch_ratio", torch.zeros((), **like), persistent=False)
+        self.steps = 0
+        self.choices: list[dict] = []
+        self._set_schedules()
+        self._check_target()
+
+    @property
+    def family(self) -> ModuleType:
+        return FAMILIES[self.family_name]
+
+    # ---- the forward pass and its losses ----
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of the masked network, no patch replaced."""
+        with self._backend():
+            return self.family.logits(self.model, self._features(self.family.patch_embeddings(self.model, images)))
+
+    def loss(self, images: Tensor, targets: Tensor) -> Losses:
+        """All losses of a search step from one forward pass.
+
+        L = L_cls + one_hot_weight · Σ L_one_hot + macs_weight · L_macs + sg(L_cls / L_rec) · L_rec; once every size
+        is final, L_cls alone.
+
+        Args:
+            images: (B, C, H, W).
+            targets: class indices (B,), or probabilities (B, classes) after mixup.
+        """
+        if self.finished:
+            classification = classification_loss(self(images), targets, self.label_smoothing)
+            zero = torch.zeros_like(classification)
+            return Losses(classification, classification.detach(), zero, zero, zero)
+        with self._backend():
+            patches = self.family.patch_embeddings(self.model, images)
+            masked = self._draw_patch_mask(patches)  # (B, patches)
+            tokens = self._features(torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches))
+            logits = self.family.logits(self.model, tokens)
+            feature_map = self.family.feature_map(self.model, tokens)  # (B, D, h, w)
+            reconstruction = F.pixel_shuffle(self.decoder(feature_map), self.patch_size)
+            one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.target_macs, self.dense_macs)
+            grid_mask = masked.unflatten(1, feature_map.shape[-2:])
+            rebuilt = reconstruction_loss(reconstruction, images, grid_mask)
+        classification = classification_loss(logits, targets, self.label_smoothing)
+        balance = (classification / rebuilt.clamp(min=1e-6)).detach()
+        total = classification + self.one_hot_weight * one_hot + self.macs_weight * macs + balance * rebuilt
+        return Losses(total, classification.detach(), one_hot.detach(), macs.detach(), rebuilt.detach())
+
+    # ---- the course of the search ----
+
+    @property
+    def finished(self) -> bool:
+        """Whether every submodule's size is final."""
+        return all(bimask.final for bimask in self.bimasks.values())
+
+    def step(self, optimizer: Optimizer | None = None) -> None:
+        """Advance the schedules after an optimizer step, and prune when it is time.
+
+        After the last step all sizes are final. No host synchronization but at pruning events.
+
+        Args:
+            optimizer: its moments follow the parameters' shapes; None where none holds any.
+        """
+        self.steps += 1
+        self._set_schedules()
+        if self.finished:
+            return
+        if prunes_after(self.steps, self.steps_per_epoch, self.prunes_per_epoch):
+            self.prune(optimizer)
+        if self.steps >= self.total_steps:
+            self.finalize(optimizer)
+
+    def prune(self, optimizer: Optimizer | None = None) -> None:
+        """Drop unlikely candidates and the units beyond the largest ones left.
+
+        A submodule keeps its candidates where dropping them would leave no combination that meets the target.
+        """
+        alive = {name: bimask.alive for name, bimask in self.bimasks.items()}
+        wanted = {name: bimask.survivors(self.prune_threshold) for name, bimask in self.bimasks.items()}
+        changed = [name for name in alive if not torch.equal(alive[name], wanted[name])]
+        if not changed:
+            return
+        if self._choose(alive | wanted) is None:
+            wanted = {}
+            for name in changed:
+                trial = alive | wanted | {name: self.bimasks[name].survivors(self.prune_threshold)}
+                if self._choose(trial) is not None:
+                    wanted[name] = trial[name]
+        for name in changed:
+            if name in wanted:
+                self._keep_candidates(name, wanted[name], optimizer, how="pruned")
+
+    def finalize(self, optimizer: Optimizer | None = None) -> None:
+        """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
+        chosen = self._choose({name: bimask.alive for name, bimask in self.bimasks.items()})
+        for name, bimask in self.bimasks.items():
+            if not bimask.final:
+                heads, channels = chosen[name]
+                self._keep_candidates(
+                    name,
+                    (bimask.head_counts == heads)[:, None] & (bimask.channel_counts == channels),
+                    optimizer,
+                    how="chosen",
+                )
+
+    @torch.no_grad()
+    def extract(self) -> nn.Module:
+        """The found network as a plain timm module, masks folded into its weights; it needs this package no more.
+
+        An unfinished search is finalized on a copy; the supernet itself stays as it is.
+        """
+        if not self.finished:
+            copied = copy.deepcopy(self)
+            copied.finalize()
+            return copied.extract()
+        model = copy.deepcopy(self.model)
+        masks = self._masks()
+        self.family.fold(model, masks, self._residual_mask(masks))
+        return model
+
+    # ---- figures, each read from the device ----
+
+    def reachable(self) -> tuple[int, int]:
+        """Fewest and most MACs that the candidates alive allow."""
+        return reachable(self.macs, self._options({name: bimask.alive for name, bimask in self.bimasks.items()}))
+
+    @torch.no_grad()
+    def expected_macs(self) -> float:
+        """F(p), the expected MACs of the network."""
+        return float(self._expected_macs())
+
+    def alive_candidates(self) -> dict[str, int]:
+        """How many candidates each submodule has left."""
+        return {name: int(bimask.alive.sum()) for name, bimask in self.bimasks.items()}
+
+    def parameter_groups(self, weight_decay: float = 1e-3, architecture_lr: float | None = None) -> list[dict]:
+        """Parameter groups for a torch optimizer: decayed weights, the rest, and the architecture logits.
+
+        Args:
+            weight_decay: on matrices; biases, norms, tokens, scores and scales have none.
+            architecture_lr: learning rate of the architecture logits, the optimizer's own if None.
+        """
+        decay, no_decay, architecture = [], [], []
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            is_token = name.endswith(("token", "pos_embed"))
+            group = architecture if name.endswith(".alpha") else no_decay if parameter.dim() < 2 or is_token else decay
+            group.append(parameter)
+        architecture_group = {"params": architecture, "weight_decay": 0.0, "betas": (0.5, 0.999)}
+        if architecture_lr is not None:
+            architecture_group["lr"] = architecture_lr
+        return [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": no_decay, "weight_decay": 0.0},
+            architecture_group,
+        ]
+
+    # ---- saving and loading ----
+
+    def get_extra_state(self) -> dict:
+        return {"steps": self.steps, "choices": self.choices}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.steps, self.choices = state["steps"], list(state["choices"])
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Load a state, first cutting this supernet to the sizes it had when the state was saved."""
+        for name, bimask in self.bimasks.items():
+            saved = {kind: state_dict[f"bimasks.{name}.{kind}"] for kind in ("alive", "head_counts", "channel_counts")}
+            size = (int(saved["head_counts"][-1]), int(saved["channel_counts"][-1]))
+            rows, columns = saved["alive"].shape
+            alive = torch.zeros_like(bimask.alive)
+            alive[:rows, :columns] = saved["alive"]
+            if size != bimask.candidates.full or not torch.equal(alive, bimask.alive):
+                self._keep_candidates(name, alive, optimizer=None, how=None)
+        result = super().load_state_dict(state_dict, strict, assign)
+        for bimask in self.bimasks.values():
+            bimask.refresh()
+        self._set_schedules()
+        return result
+
+    # ---- parts ----
+
+    def _features(self, patches: Tensor) -> Tensor:
+        masks = self._masks()
+        residual_mask = self._residual_mask(masks)
+        embed = self.bimasks["embed"]
+        norm_mask = None if residual_mask is None or embed.final else embed.sparsity().flatten()
+        return self.family.features(self.model, patches, masks, residual_mask, norm_mask)
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: bimask.mask(self.lam) for name, bimask in self.bimasks.items()}
+
+    def _residual_mask(self, masks: Mapping[str, Tensor]) -> Tensor | None:
+        return masks["embed"].flatten() if self.residual_mask == "stream" else None
+
+    def _draw_patch_mask(self, patches: Tensor) -> Tensor:
+        """(B, patches) bool: the same random share of every image's patches, at least one."""
+        rank = torch.rand(patches.shape[:2], device=patches.device).argsort(1).argsort(1)
+        return rank < (self.patch_ratio * patches.shape[1]).clamp(min=1)
+
+    def _one_hot_loss(self) -> Tensor:
+        losses = [
+            bimask.one_hot_loss(self.attention_score_penalty if name.startswith("attn") else self.score_penalty)
+            for name, bimask in self.bimasks.items()
+            if not bimask.final
+        ]
+        return torch.stack(losses).sum()
+
+    def _expected_macs(self) -> Tensor:
+        return self.macs.total({name: bimask.expected_units().float() for name, bimask in self.bimasks.items()})
+
+    def _set_schedules(self) -> None:
+        self.lam.fill_(ramp(self.steps, self.warmup_steps, LAM_START, LAM_END))
+        self.patch_ratio.fill_(ramp(self.steps, self.warmup_steps, PATCH_RATIO_START, PATCH_RATIO_END))
+
+    def _options(self, alive: Mapping[str, Tensor]) -> dict[str, dict[tuple[int, int], float]]:
+        return {name: self.bimasks[name].sizes(grid) for name, grid in alive.items()}
+
+    def _choose(self, alive: Mapping[str, Tensor]) -> dict[str, tuple[int, int]] | None:
+        return choose_sizes(self.macs, self._options(alive), self.target_macs)
+
+    def _check_target(self) -> None:
+        least, most = self.reachable()
+        alive = {name: bimask.alive for name, bimask in self.bimasks.items()}
+        if not least <= self.target_macs <= most:
+            raise ValueError(
+                f"target: expected between {least / 1e9:.4g} G and {most / 1e9:.4g} G MACs "
+                f"({least / self.dense_macs:.1%} to {most / self.dense_macs:.0%} of dense), "
+                f"got {self.target_macs / 1e9:.4g} G ({self.target_macs / self.dense_macs:.1%}); choose one within"
+            )
+        if self._choose(alive) is None:
+            raise ValueError(
+                f"target: no combination of candidate sizes costs within {TOLERANCE:.0%} below "
+                f"{self.target_macs / 1e9:.4g} G MACs; choose a slightly different target"
+            )
+
+    def _keep_candidates(self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str | None) -> None:
+        """Remove the units no living candidate keeps, then the dead candidates, and note a size that became final."""
+        bimask = self.bimasks[name]
+        size_probability = bimask.sizes(bimask.alive)
+        index, (heads, channels) = bimask.units_kept_by(alive)
+        if (heads, channels) != bimask.candidates.full:
+            keep_units(self, self.couplings[name], index, bimask.candidates.units, optimizer)
+        bimask.keep_candidates(alive, self.lam, optimizer)
+        attention = [b.candidates.full for n, b in self.bimasks.items() if n.startswith("attn")]
+        self.family.sync_sizes(self.model, attention)
+        self.decoder.in_channels = self.decoder.weight.shape[1]
+        if bimask.final and how is not None:
+            size = [heads, channels] if name.startswith("attn") else channels
+            probability = size_probability[heads, channels]
+            self.choices.append(
+                {"submodule": name, "size": size, "how": how, "probability": probability, "step": self.steps}
+            )
+
+    def _couplings(self, name: str, couplings: tuple[Coupling, ...]) -> list[Coupling]:
+        """The model's couplings under their names here, plus the submodule's own score and scale, plus the decoder."""
+        own = [Coupling(f"bimasks.{name}.score", 0), Coupling(f"bimasks.{name}.scale", 0)]
+        if name == "embed":
+            own += [Coupling("decoder.weight", 1), Coupling("mask_token", 2)]
+        return own + [Coupling(f"model.{c.parameter}", c.dim, c.repeats) for c in couplings]
+
+    def _backend(self) -> AbstractContextManager:
+        return nullcontext() if self.backend is None else use_backend(self.backend)

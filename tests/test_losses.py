@@ -1,0 +1,108 @@
+"""The losses of a search step."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofb.supernet import adaptive_one_hot_loss
+from ofb.supernet.losses import classification_loss, macs_loss, reconstruction_loss
+from ofb_kernels import local_norm
+
+
+def by_definition(alpha: torch.Tensor) -> torch.Tensor:
+    p = alpha.double().flatten().softmax(0)
+    n = p.numel()
+    sigma = (p - p.mean()).square().sum() / (1 - 1 / n)
+    return -(p * p.log()).sum() + torch.tan(math.pi / 2 - math.pi * sigma) / n
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2,)])
+def test_one_hot_loss_by_definition(shape):
+    alpha = torch.randn(shape)
+    torch.testing.assert_close(adaptive_one_hot_loss(alpha).double(), by_definition(alpha), rtol=1e-4, atol=1e-5)
+
+
+def test_dead_candidates_do_not_count():
+    alpha = torch.randn(7)
+    alive = torch.tensor([True, False, True, True, False, True, True])
+    torch.testing.assert_close(adaptive_one_hot_loss(alpha, alive), adaptive_one_hot_loss(alpha[alive]))
+
+
+def test_one_candidate_costs_nothing():
+    alpha = torch.randn(5, requires_grad=True)
+    loss = adaptive_one_hot_loss(alpha, torch.tensor([False, True, False, False, False]))
+    loss.backward()
+    assert loss == 0
+    assert (alpha.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "alpha",
+    [[0.0] * 7, [1e30, 0, 0], [-1e30, 1e30], [3e38, -3e38, 0], [100.0, 0, 0, 0], [1.0, 1.0 + 1e-7], [5.0], [1e-30, 0]],
+)
+def test_finite_for_every_finite_alpha(alpha, dtype):
+    alpha = torch.tensor(alpha, dtype=torch.float64).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    alpha.requires_grad_()
+    loss = adaptive_one_hot_loss(alpha)
+    loss.backward()
+    assert loss.isfinite()
+    assert alpha.grad.isfinite().all()
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=12))
+def test_finite_everywhere(values):
+    alpha = torch.tensor(values, requires_grad=True)
+    loss = adaptive_one_hot_loss(alpha)
+    loss.backward()
+    assert loss.isfinite() and alpha.grad.isfinite().all()
+
+
+def test_pushes_towards_one_hot():
+    alpha = torch.rand(7, requires_grad=True)
+    first = alpha.argmax()
+    for _ in range(200):
+        (gradient,) = torch.autograd.grad(adaptive_one_hot_loss(alpha), alpha)
+        alpha = (alpha - 0.05 * gradient.sign()).detach().requires_grad_()
+    assert alpha.softmax(0)[first] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("alpha", "alive", "error", "message"),
+    [
+        ([1.0], None, TypeError, "expected alpha as a floating-point tensor, got list"),
+        (torch.ones(3).long(), None, TypeError, "got torch.int64"),
+        (torch.ones(3), torch.ones(2).bool(), ValueError, r"shape \(3,\), got \(2,\)"),
+        (torch.ones(3), torch.ones(3), TypeError, "expected alive as a bool tensor, got torch.float32"),
+        (torch.ones(0), None, ValueError, "at least one candidate"),
+    ],
+)
+def test_one_hot_loss_bad_input(alpha, alive, error, message):
+    with pytest.raises(error, match=message):
+        adaptive_one_hot_loss(alpha, alive)
+
+
+def test_macs_loss():
+    assert macs_loss(torch.tensor(3e9), 2e9, 4e9) == pytest.approx(1 / 16)
+
+
+def test_reconstruction_counts_masked_pixels_only():
+    images = torch.randn(2, 3, 8, 8)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[0, 1, 2] = mask[1, 3, 0] = True
+    reconstruction = torch.randn_like(images)
+    error = (reconstruction - local_norm(images)).abs()
+    expected = torch.cat([error[0, :, 2:4, 4:6].flatten(), error[1, :, 6:8, 0:2].flatten()]).mean()
+    torch.testing.assert_close(reconstruction_loss(reconstruction, images, mask), expected)
+
+
+def test_classification_takes_indices_and_probabilities():
+    logits, indices = torch.randn(4, 5), torch.tensor([0, 2, 4, 4])
+    expected = F.cross_entropy(logits, indices, label_smoothing=0.1)
+    torch.testing.assert_close(classification_loss(logits, indices, 0.1), expected)
+    one_hot = F.one_hot(indices, 5).float()
+    torch.testing.assert_close(classification_loss(logits, one_hot, 0.1), F.cross_entropy(logits, indices))

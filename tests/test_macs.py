@@ -1,0 +1,49 @@
+"""The cost model against torch's flop counter, which counts two operations for a multiply-accumulate."""
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ofb.supernet.families import build, count_macs, describe
+from ofb.supernet.macs import Macs
+
+
+def counted_by_torch(model) -> int:
+    height, width = model.patch_embed.img_size
+    images = torch.empty(1, model.patch_embed.proj.in_channels, height, width, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(images)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("deit_tiny_patch16_224", 1.26e9), ("deit_small_patch16_224", 4.6e9), ("deit_base_patch16_224", 17.5e9)],
+)
+def test_published_figures(name, published):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert count_macs(model) == pytest.approx(published, rel=0.01)
+    assert count_macs(model) == counted_by_torch(model)
+
+
+def test_distilled_and_uneven_blocks():
+    with torch.device("meta"):
+        model = timm.create_model("deit_tiny_distilled_patch16_224")
+        description = describe(model)
+        description["embed_dim"] = 150
+        for i, block in enumerate(description["blocks"]):
+            block |= {"heads": 1 + i % 3, "head_dim": 16 + 8 * (i % 4), "hidden": 200 + 10 * i}
+        model = build(description)
+    assert count_macs(model) == counted_by_torch(model)
+
+
+def test_total_of_expected_sizes_is_differentiable_and_exact():
+    macs = Macs(fixed=100, per_unit={"attn0": (8, 32), "mlp0": (4, 0)})
+    assert macs.total({"embed": 10, "attn0": 6, "mlp0": 20}) == 1000 + 6 * 112 + 20 * 40
+    p = torch.tensor([0.25, 0.75], dtype=torch.float64, requires_grad=True)
+    expected = macs.total({"embed": torch.tensor(10.0), "attn0": (p * torch.tensor([2.0, 6.0])).sum(), "mlp0": 20})
+    assert expected.item() == 1000 + (0.25 * 2 + 0.75 * 6) * 112 + 800
+    expected.backward()
+    assert p.grad.tolist() == [2 * 112, 6 * 112]

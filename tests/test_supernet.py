@@ -1,0 +1,347 @@
+"""Supernet: pruning and folding preserve the function, the search ends on target, a step never waits for the device."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ofb.supernet import Supernet
+from ofb.supernet.budget import TOLERANCE
+from ofb.supernet.families import count_macs
+from tests.common import tiny_vit
+
+MODELS = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"]
+RESIDUAL_MASKS = ["stream", "input"]
+
+
+def make_supernet(
+    name="vit_tiny_patch16_224", device="cpu", dtype=torch.float32, model_options=None, **options
+) -> Supernet:
+    model = tiny_vit(name, **(model_options or {})).to(device, dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # timm starts biases at 0 and norms at 1: a fold could miss them unseen
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return Supernet(model, **({"target": "50%", "epochs": 4, "steps_per_epoch": 6} | options))
+
+
+def make_batch(device="cpu", dtype=torch.float32, size=8):
+    return torch.randn(size, 3, 16, 16, device=device, dtype=dtype), torch.randint(0, 5, (size,), device=device)
+
+
+def train(supernet, steps, architecture_lr=0.1, seed=0):
+    optimizer = torch.optim.AdamW(supernet.parameter_groups(architecture_lr=architecture_lr), lr=1e-3)
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        loss = supernet.loss(*make_batch(next(supernet.parameters()).device, supernet.mask_token.dtype))
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        supernet.step(optimizer)
+    return optimizer
+
+
+def kill_units(supernet, keep_share=0.75) -> dict[str, torch.Tensor]:
+    """Let the larger candidates of every submodule die and give the units beyond a mask of exactly 0."""
+    survivors = {}
+    for name, bimask in supernet.bimasks.items():
+        alive = torch.zeros_like(bimask.alive)
+        rows = max(1, int(keep_share * alive.shape[0]))
+        alive[:rows, : max(1, int(keep_share * alive.shape[1]))] = True
+        index, _ = bimask.units_kept_by(alive)
+        dropped = torch.ones(bimask.candidates.units, dtype=torch.bool)
+        dropped[index.cpu()] = False
+        with torch.no_grad():
+            bimask.score[dropped.to(bimask.score.device)] = -torch.inf  # S = 0
+        bimask.alive = alive  # V = 0 beyond
+        assert (bimask.mask(supernet.lam).flatten()[dropped] == 0).all()
+        survivors[name] = alive
+    return survivors
+
+
+@pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_pruning_preserves_the_function(name, residual_mask):
+    supernet = make_supernet(name, dtype=torch.float64, residual_mask=residual_mask, model_options={"init_values": 0.5})
+    supernet.eval()
+    images, _ = make_batch(dtype=torch.float64)
+    survivors = kill_units(supernet)
+    if residual_mask == "input":  # plain LayerNorm weighs dead channels too: here the width must stay to compare
+        del survivors["embed"]
+    expected = supernet(images)
+    units = {name: bimask.candidates.units for name, bimask in supernet.bimasks.items()}
+    for name, alive in survivors.items():
+        supernet._keep_candidates(name, alive, None, how="pruned")
+        assert supernet.bimasks[name].candidates.units < units[name]
+        torch.testing.assert_close(supernet(images), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_folding_preserves_the_function(name, residual_mask):
+    supernet = make_supernet(name, residual_mask=residual_mask, model_options={"init_values": 0.5})
+    train(supernet, 24)
+    assert supernet.finished
+    supernet.eval()
+    images, _ = make_batch()
+    extracted = supernet.extract().eval()
+    with torch.no_grad():
+        expected, got = supernet(images), extracted(images)
+    assert (got - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
+    assert type(extracted) is type(supernet.model)
+    assert not any("ofb" in type(module).__module__ for module in extracted.modules())
+
+
+def test_extracted_runs_without_fused_attention():
+    """timm's explicit attention reads `scale`, its fused one the head size: both must agree after folding."""
+    supernet = make_supernet()
+    train(supernet, 24)
+    extracted = supernet.extract().eval()
+    images, _ = make_batch()
+    fused = extracted(images)
+    for block in extracted.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(extracted(images), fused, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["30%", "50%", "80%"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_search_ends_on_target(target, seed):
+    torch.manual_seed(seed)
+    supernet = make_supernet(target=target, model_options={"depth": 3})
+    train(supernet, 24, seed=seed)
+    assert supernet.finished
+    assert {choice["submodule"] for choice in supernet.choices} == set(supernet.bimasks)
+    cost = count_macs(supernet.extract())
+    assert (1 - TOLERANCE) * supernet.target_macs <= cost <= supernet.target_macs
+
+
+def test_unfinished_search_extracts_on_target_and_stays_open():
+    supernet = make_supernet()
+    train(supernet, 5)
+    before = {name: tensor.clone() for name, tensor in supernet.state_dict().items() if torch.is_tensor(tensor)}
+    extracted = supernet.extract()
+    assert not supernet.finished
+    assert (1 - TOLERANCE) * supernet.target_macs <= count_macs(extracted) <= supernet.target_macs
+    after = supernet.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_parameters_keep_their_identity():
+    supernet = make_supernet()
+    before = dict(supernet.named_parameters())
+    optimizer = train(supernet, 24)
+    after = dict(supernet.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+    shapes = {p: p.shape for p in after.values()}
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].shape == shapes[parameter]
+
+
+@pytest.mark.parametrize("steps", [3, 13, 24])
+def test_resumed_search_equals_an_uninterrupted_one(steps):
+    def run(supernet, optimizer, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            supernet.loss(*make_batch()).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            supernet.step(optimizer)
+
+    def make_optimizer(supernet):
+        return torch.optim.AdamW(supernet.parameter_groups(architecture_lr=0.1), lr=1e-3)
+
+    torch.manual_seed(0)
+    whole = make_supernet()
+    optimizer = make_optimizer(whole)
+    run(whole, optimizer, range(steps))
+    state, optimizer_state = copy.deepcopy(whole.state_dict()), copy.deepcopy(optimizer.state_dict())
+    run(whole, optimizer, range(steps, 30))
+
+    torch.manual_seed(123)
+    resumed = make_supernet()
+    resumed.load_state_dict(state)
+    optimizer = make_optimizer(resumed)
+    optimizer.load_state_dict(optimizer_state)
+    run(resumed, optimizer, range(steps, 30))
+    assert resumed.choices == whole.choices
+    expected = dict(whole.named_parameters())
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+class RecordCalls(TorchDispatchMode):
+    """Counts operator calls; reading a value back to the host is the call that waits for a device."""
+
+    WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.waits = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        if func.name().split(".")[0] in self.WAITS:
+            self.waits.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
+def test_no_host_synchronization_between_prunes(residual_mask):
+    supernet = make_supernet(steps_per_epoch=100, residual_mask=residual_mask)
+    optimizer = torch.optim.SGD(supernet.parameters(), lr=1e-3)
+    batch = make_batch()
+    with RecordCalls() as record:
+        supernet.loss(*batch).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        supernet.step(optimizer)
+    assert record.calls > 100
+    assert record.waits == []
+
+
+def test_calls_do_not_grow_with_candidates():
+    """A mask of many candidates takes as many operator calls as one of few."""
+
+    def calls_of_a_loss(embed_dim):
+        supernet = make_supernet(model_options={"embed_dim": embed_dim, "num_heads": embed_dim // 8})
+        batch = make_batch()
+        with RecordCalls() as record:
+            supernet.loss(*batch)
+        return sum(supernet.alive_candidates().values()), record.calls
+
+    (few, calls), (many, calls_of_many) = calls_of_a_loss(16), calls_of_a_loss(128)
+    assert many > 1.5 * few
+    assert calls_of_many == calls
+
+
+@pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_step_agrees_with_the_float64_reference(backend, residual_mask, device):
+    exact = make_supernet(device=device, dtype=torch.float64, residual_mask=residual_mask, backend="reference")
+    supernet = make_supernet(device=device, residual_mask=residual_mask, backend=backend)
+    supernet.load_state_dict(exact.state_dict())
+    images, targets = make_batch(device)
+
+    def run(network, dtype):
+        torch.manual_seed(0)
+        mask = torch.rand(images.shape[0], 16, device=device) < 0.25
+        network._draw_patch_mask = lambda patches: mask
+        losses = network.loss(images.to(dtype), targets)
+        losses.total.backward()
+        return losses, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+    (expected, exact_gradients), (got, gradients) = run(exact, torch.float64), run(supernet, torch.float32)
+    assert got.total.item() == pytest.approx(expected.total.item(), rel=1e-4)
+    assert gradients.keys() == exact_gradients.keys()
+    for name, gradient in gradients.items():
+        error = (gradient.double() - exact_gradients[name]).norm() / exact_gradients[name].norm().clamp(min=1e-6)
+        assert error < 1e-3, name
+
+
+def test_every_parameter_learns():
+    supernet = make_supernet(model_options={"init_values": 0.1})
+    supernet.steps = 20
+    supernet._set_schedules()
+    supernet.loss(*make_batch()).total.backward()
+    silent = {n for n, p in supernet.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+    assert silent == {f"bimasks.{name}.scale" for name in supernet.bimasks}
+
+
+def test_masked_patches_keep_their_share():
+    supernet = make_supernet()
+    patches = torch.randn(6, 16, 32)
+    for ratio, expected in [(0.05, 1), (0.25, 4), (0.5, 8)]:
+        supernet.patch_ratio.fill_(ratio)
+        assert supernet._draw_patch_mask(patches).sum(1).tolist() == [expected] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, device):
+    supernet = make_supernet(device=device)
+    optimizer = torch.optim.AdamW(supernet.parameters(), lr=1e-3)
+    for _ in range(3):
+        with torch.autocast(device, dtype=dtype):
+            losses = supernet.loss(*make_batch(device))
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        supernet.step(optimizer)
+        assert losses.total.dtype == torch.float32
+        assert losses.total.isfinite()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    supernet = make_supernet(model_options={"drop_path_rate": 0.0})
+    gradients = []
+    batch = make_batch()
+    for enabled in (False, True):
+        supernet.model.set_grad_checkpointing(enabled)
+        torch.manual_seed(1)
+        supernet.loss(*batch).total.backward()
+        gradients.append([p.grad.clone() for p in supernet.parameters() if p.grad is not None])
+        supernet.zero_grad()
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_after_the_search_the_loss_is_classification_alone():
+    supernet = make_supernet()
+    train(supernet, 24)
+    losses = supernet.loss(*make_batch())
+    assert losses.total.item() == losses.classification.item()
+    assert losses.one_hot == losses.macs == losses.reconstruction == 0
+    losses.total.backward()
+    assert supernet.bimasks["embed"].scale.grad is not None
+    assert supernet.decoder.weight.grad is None
+
+
+def test_mixup_targets():
+    images, targets = make_batch()
+    probabilities = torch.nn.functional.one_hot(targets, 5).float()
+    assert make_supernet().loss(images, probabilities).total.isfinite()
+
+
+def test_figures():
+    supernet = make_supernet()
+    least, most = supernet.reachable()
+    assert least < supernet.target_macs < most == supernet.dense_macs == count_macs(supernet.model)
+    assert least < supernet.expected_macs() < most
+    assert supernet.alive_candidates() == {"embed": 17, "attn0": 14, "mlp0": 7, "attn1": 14, "mlp1": 7}
+
+
+def test_parameter_groups():
+    supernet = make_supernet()
+    decay, no_decay, architecture = supernet.parameter_groups(weight_decay=0.01, architecture_lr=0.5)
+    names = {p: n for n, p in supernet.named_parameters()}
+    assert {names[p] for p in architecture["params"]} == {f"bimasks.{n}.alpha" for n in supernet.bimasks}
+    assert (architecture["betas"], architecture["lr"], architecture["weight_decay"]) == ((0.5, 0.999), 0.5, 0.0)
+    assert {"model.cls_token", "model.pos_embed", "mask_token", "bimasks.embed.score"} <= {
+        names[p] for p in no_decay["params"]
+    }
+    assert all(p.dim() >= 2 for p in decay["params"])
+    assert len(decay["params"]) + len(no_decay["params"]) + len(architecture["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "2%"}, r"target: expected between .* got .* \(2.0%\); choose one within"),
+        ({"target": "150%"}, "target: expected between"),
+        ({"target": "a lot"}, "target: expected MACs"),
+        ({"target": {"params": "5M"}}, "target: expected"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch: expected at least 1, got 0"),
+        ({"residual_mask": "both"}, "residual_mask: expected one of stream, input, got 'both'"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_supernet(**options)
+
+
+def test_model_that_cannot_be_searched():
+    with pytest.raises(ValueError, match="expected a timm VisionTransformer"):
+        Supernet(timm.create_model("resnet18"))
