@@ -1,0 +1,262 @@
+"""Masked attention on packed qkv, each of q, k and v under the same mask, without a copy of any of them.
+
+Forward:   s = scale · (q ⊙ m)(k ⊙ m)ᵀ,   p = softmax(s),   o = p (v ⊙ m)
+Backward:  dp = do (v ⊙ m)ᵀ,   delta = Σ_d do ⊙ o,   ds = p ⊙ (dp − delta)
+           dq = scale · (ds k) ⊙ m²,   dk = scale · (dsᵀ q) ⊙ m²,   dv = (pᵀ do) ⊙ m
+           dm = 2 · scale · m ⊙ Σ_rows q ⊙ (ds k) + Σ_rows v ⊙ (pᵀ do)
+The two ways by which m reaches the scores, through q and through k, have equal gradients, hence the 2.
+
+Since (q ⊙ m)(k ⊙ m)ᵀ = (q ⊙ m²) kᵀ and p (v ⊙ m) = (p v) ⊙ m, the mask is multiplied into the operand that stays on
+chip or into the result; those that stream past go from memory to the tensor cores as they are. Scores are in base 2,
+p = 2^(s − lse): log₂ e goes with the scale into the operand that stays.
+
+Queries and keys past the last token are loaded as zeros. The mask's gradient is kept per program in float32 and added
+up by one reduction: no atomics, the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ofb_kernels.kernels.common import accumulator_dtype, dot_precision, on_device_of
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps and pipeline stages, for each element size in bytes (8:
+# interpreted only) and padded head width. In float32 a product takes no tensor cores and its tiles must be small.
+FORWARD_CONFIGURATIONS = {
+    (2, 64): dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+    (2, 128): dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
+    (4, 64): dict(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=2),
+    (4, 128): dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),
+    (8, 64): dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+    (8, 128): dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+}
+BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
+    (2, 64): dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+    (2, 128): dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+}
+BACKWARD_KEY_VALUE_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
+    (2, 64): dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
+    (2, 128): dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+}
+
+
+def forward(qkv: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, N, H·d) and log₂ Σ_keys 2^s (B, H, N) in accumulator precision; qkv (B, N, 3, H, d), mask (H, d)."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(batch, tokens, heads * head_dim)
+    log_sum_exp = qkv.new_empty((batch, heads, tokens), dtype=torch.promote_types(qkv.dtype, torch.float32))
+    configuration = _configuration(FORWARD_CONFIGURATIONS, qkv)
+    if qkv.numel() > 0:
+        with on_device_of(qkv):
+            _forward_kernel[(batch * heads * triton.cdiv(tokens, configuration["BLOCK_M"]),)](
+                qkv, mask.contiguous(), out, log_sum_exp,
+                tokens, heads, *qkv.stride(),
+                SCALE=scale, HEAD_DIM=head_dim, **_constants(qkv), **configuration,
+            )  # fmt: skip
+    return out, log_sum_exp
+
+
+def backward(
+    grad_out: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """grad_qkv, packed and contiguous, in qkv's dtype, and grad_mask (H, d) in accumulator precision."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    delta = torch.empty_like(log_sum_exp)
+    query = _configuration(BACKWARD_QUERY_CONFIGURATIONS, qkv)
+    key_value = _configuration(BACKWARD_KEY_VALUE_CONFIGURATIONS, qkv)
+    tiles_m, tiles_n = triton.cdiv(tokens, query["BLOCK_M"]), triton.cdiv(tokens, key_value["BLOCK_N"])
+    partial_query = delta.new_empty(batch, heads, tiles_m, head_dim)
+    partial_value = delta.new_empty(batch, heads, tiles_n, head_dim)
+    sizes = (tokens, heads, *qkv.stride(), *grad_out.stride())
+    constants = dict(SCALE=scale, HEAD_DIM=head_dim, **_constants(qkv))
+    mask = mask.contiguous()
+    if qkv.numel() > 0:
+        with on_device_of(qkv):
+            _backward_query_kernel[(batch * heads * tiles_m,)](
+                grad_out, qkv, mask, out, log_sum_exp, delta, grad_qkv, partial_query, *sizes, **constants, **query
+            )
+            _backward_key_value_kernel[(batch * heads * tiles_n,)](
+                grad_out, qkv, mask, log_sum_exp, delta, grad_qkv, partial_value, *sizes, **constants, **key_value
+            )
+    return grad_qkv, partial_query.sum((0, 2)) + partial_value.sum((0, 2))
+
+
+def _configuration(configurations: dict, qkv: Tensor) -> dict:
+    return configurations[qkv.element_size(), 64 if qkv.shape[-1] <= 64 else 128]
+
+
+def _constants(qkv: Tensor) -> dict:
+    return dict(
+        BLOCK_D=max(16, triton.next_power_of_2(qkv.shape[-1])),
+        ACCUMULATOR=accumulator_dtype(qkv),
+        PRECISION=dot_precision(),
+    )
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr, mask_ptr, out_ptr, log_sum_exp_ptr,
+    tokens, heads,
+    stride_b, stride_n, stride_part, stride_h, stride_d,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head, all keys."""
+    tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
+    offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
+    qkv_ptr += batch * stride_b + head * stride_h
+    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
+    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
+    scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
+
+    row_max = tl.full((BLOCK_M,), float("-inf"), ACCUMULATOR)
+    row_sum = tl.zeros((BLOCK_M,), ACCUMULATOR)
+    attended = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
+    for start_n in range(0, tokens, BLOCK_N):
+        offsets_n = start_n + tl.arange(0, BLOCK_N)
+        in_keys = offsets_n < tokens
+        k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        scores = tl.where(in_keys[None, :], scores, float("-inf"))  # (BLOCK_M, BLOCK_N)
+        # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shrink = tl.exp2(row_max - new_max)
+        p = tl.exp2(scores - new_max[:, None])
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        attended = attended * shrink[:, None]
+        attended = tl.dot(p.to(v.dtype), v, attended, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        row_max = new_max
+
+    # o = (p v) ⊙ m
+    out = attended * mask[None, :] / row_sum[:, None]
+    out_offsets = ((batch * tokens + offsets_m)[:, None] * heads + head) * HEAD_DIM + offsets_d[None, :]
+    tl.store(out_ptr + out_offsets, out, mask=in_queries[:, None] & in_head[None, :])
+    rows = (batch * heads + head) * tokens + offsets_m
+    tl.store(log_sum_exp_ptr + rows, row_max + tl.log2(row_sum), mask=in_queries)
+
+
+@triton.jit
+def _backward_query_kernel(
+    grad_out_ptr, qkv_ptr, mask_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    tokens, heads,
+    stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: dq of BLOCK_M queries of one head, all keys; delta for the other kernel."""
+    tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
+    offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
+    qkv_ptr += batch * stride_b + head * stride_h
+    grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
+    out_ptr += (batch * tokens * heads + head) * HEAD_DIM
+    rows = (batch * heads + head) * tokens + offsets_m
+    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
+    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
+    scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
+    grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
+    out = _load_rows(out_ptr, offsets_m, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
+    # delta = Σ_d do ⊙ o
+    grad_out = grad_out.to(ACCUMULATOR)
+    delta = tl.sum(grad_out * out.to(ACCUMULATOR), 1)  # (BLOCK_M,)
+    tl.store(delta_ptr + rows, delta, mask=in_queries)
+    masked_grad_out = (grad_out * mask[None, :]).to(q.dtype)
+    log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=in_queries, other=0.0)
+
+    grad_q = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
+    for start_n in range(0, tokens, BLOCK_N):
+        offsets_n = start_n + tl.arange(0, BLOCK_N)
+        in_keys = offsets_n < tokens
+        k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        p = tl.exp2(tl.where(in_keys[None, :], scores, float("-inf")) - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
+        grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        # ds = p ⊙ (dp − delta), dq = scale · (ds k) ⊙ m²
+        grad_scores = (p * (grad_p - delta[:, None])).to(k.dtype)
+        grad_q = tl.dot(grad_scores, k, grad_q, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+
+    grad_masked_q = grad_q * (SCALE * mask)[None, :]
+    row_stride = 3 * heads * HEAD_DIM
+    offsets = (batch * tokens + offsets_m)[:, None] * row_stride + head * HEAD_DIM + offsets_d[None, :]
+    tl.store(grad_qkv_ptr + offsets, grad_masked_q * mask[None, :], mask=in_queries[:, None] & in_head[None, :])
+    # the share of q and k in dm: 2 · scale · m ⊙ Σ_rows q ⊙ (ds k)
+    partial = tl.sum(2.0 * grad_masked_q * q.to(ACCUMULATOR), 0)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + offsets_d, partial, mask=in_head)
+
+
+@triton.jit
+def _backward_key_value_kernel(
+    grad_out_ptr, qkv_ptr, mask_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    tokens, heads,
+    stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: dk and dv of BLOCK_N keys of one head, all queries. Scores stand transposed: keys × queries."""
+    tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_N)
+    offsets_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_keys, in_head = offsets_n < tokens, offsets_d < HEAD_DIM
+    qkv_ptr += batch * stride_b + head * stride_h
+    grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
+    first_row = (batch * heads + head) * tokens
+    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
+    k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    scaled_k = (k.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(k.dtype)  # (BLOCK_N, BLOCK_D)
+    masked_v = (v.to(ACCUMULATOR) * mask[None, :]).to(v.dtype)  # (BLOCK_N, BLOCK_D)
+
+    grad_k = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
+    grad_masked_v = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
+    for start_m in range(0, tokens, BLOCK_M):
+        offsets_m = start_m + tl.arange(0, BLOCK_M)
+        in_queries = offsets_m < tokens
+        q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)
+        grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
+        # past the last query q and do are 0, so p is finite there and adds nothing
+        log_sum_exp = tl.load(log_sum_exp_ptr + first_row + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
+        delta = tl.load(delta_ptr + first_row + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
+        scores = tl.dot(scaled_k, tl.trans(q), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        p = tl.exp2(scores - log_sum_exp[None, :])  # (BLOCK_N, BLOCK_M)
+        # d(v ⊙ m) = pᵀ do
+        grad_masked_v = tl.dot(
+            p.to(q.dtype), grad_out, grad_masked_v, input_precision=PRECISION, out_dtype=ACCUMULATOR
+        )
+        grad_p = tl.dot(masked_v, tl.trans(grad_out), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        # ds = p ⊙ (dp − delta), dk = scale · (dsᵀ q) ⊙ m²
+        grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
+        grad_k = tl.dot(grad_scores, q, grad_k, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+
+    part = heads * HEAD_DIM
+    inside = in_keys[:, None] & in_head[None, :]
+    offsets = (batch * tokens + offsets_n)[:, None] * (3 * part) + part + head * HEAD_DIM + offsets_d[None, :]
+    tl.store(grad_qkv_ptr + offsets, grad_k * (SCALE * mask * mask)[None, :], mask=inside)
+    tl.store(grad_qkv_ptr + offsets + part, grad_masked_v * mask[None, :], mask=inside)
+    # the share of v in dm: Σ_rows v ⊙ (pᵀ do); past the last key p may overflow
+    partial = tl.sum(tl.where(inside, grad_masked_v * v.to(ACCUMULATOR), 0.0), 0)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + offsets_d, partial, mask=in_head)
+
+
+@triton.jit
+def _tile_of_head(program, tokens, heads, BLOCK: tl.constexpr):
+    """Tile of tokens, head and image of a program; int64, for offsets. All tiles of a head run side by side."""
+    tiles = tl.cdiv(tokens, BLOCK)
+    head_of_batch = (program // tiles).to(tl.int64)
+    return program % tiles, head_of_batch % heads, head_of_batch // heads
+
+
+@triton.jit
+def _load_rows(ptr, offsets, offsets_d, in_rows, in_head, stride_row, stride_d):
+    """A (len(offsets), BLOCK_D) tile, zero outside."""
+    rows = offsets.to(tl.int64)[:, None] * stride_row
+    columns = offsets_d.to(tl.int64)[None, :] * stride_d
+    return tl.load(ptr + rows + columns, mask=in_rows[:, None] & in_head[None, :], other=0.0)

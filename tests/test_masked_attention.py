@@ -1,0 +1,174 @@
+"""masked_attention: every backend against the float64 reference, gradients, compilation, bad input."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from ofb_kernels.ops.masked_attention import masked_attention
+from ofb_kernels.testing import check_op
+from tests.common import BACKENDS, dtypes_of
+
+
+def make_inputs(batch, tokens, heads, head_dim, dtype, device):
+    inputs = {
+        "qkv": torch.randn(batch, tokens, 3, heads, head_dim, device=device),
+        "mask": torch.rand(heads, head_dim, device=device),
+    }
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(197, 24), (300, 64), (65, 128), (1, 1)])
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_matches_float64(backend, dtype, tokens, head_dim, device):
+    inputs = make_inputs(2, tokens, 2, head_dim, dtype, device)
+    check_op(masked_attention, inputs, {}, backend, reduction=2 * tokens)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 80),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 40),
+    step=st.integers(1, 2),
+    layout=st.permutations(range(5)),
+    scale=st.sampled_from([None, 0.3, 1]),
+)
+def test_any_shape_and_strides(backend, batch, tokens, heads, head_dim, step, layout, scale):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs(batch, tokens, heads, head_dim * step, torch.float32, device)
+    inverse = [layout.index(dim) for dim in range(5)]
+    inputs["qkv"] = inputs["qkv"].permute(layout).contiguous().permute(inverse)[..., ::step]
+    inputs["mask"] = inputs["mask"][:, ::step]
+    check_op(masked_attention, inputs, {"scale": scale}, backend, reduction=max(batch * tokens, head_dim))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_in_another_dtype(backend, device):
+    inputs = make_inputs(2, 9, 2, 8, torch.float16, device) | {"mask": torch.rand(2, 8, device=device)}
+    check_op(masked_attention, inputs, {}, backend, reduction=18)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_of_zeros_and_ones(backend, device):
+    """A masked channel is out of every result, and the others compute as if it were not there."""
+    inputs = make_inputs(2, 21, 2, 12, torch.float32, device)
+    inputs["mask"] = (torch.arange(12, device=device) < 8).float().expand(2, 12)
+    out = masked_attention(**inputs, scale=0.4, backend=backend).view(2, 21, 2, 12)
+    kept = masked_attention(inputs["qkv"][..., :8], torch.ones(2, 8, device=device), scale=0.4, backend="reference")
+    torch.testing.assert_close(out[..., :8], kept.view(2, 21, 2, 8))
+    assert (out[..., 8:] == 0).all()
+    check_op(masked_attention, inputs, {}, backend, reduction=42)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_scores_stay_finite(backend, sign, device):
+    """Scores of a few hundred, all of one sign: the maximum goes out before the exponential."""
+    inputs = make_inputs(1, 70, 1, 16, torch.float32, device)
+    inputs["qkv"] = inputs["qkv"] + torch.tensor([10.0, 10.0 * sign, 0.0], device=device)[:, None, None]
+    check_op(masked_attention, inputs, {}, backend, reduction=70)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stride_0_gradient(backend, device):
+    inputs = make_inputs(2, 5, 2, 6, torch.float32, device)
+    cotangent = torch.ones((), device=device).expand(2, 5, 12)
+    check_op(masked_attention, inputs, {}, backend, reduction=10, cotangent=cotangent)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 6), (2, 0, 2, 6)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend, shape, device):
+    inputs = {n: t.requires_grad_() for n, t in make_inputs(*shape, torch.float32, device).items()}
+    out = masked_attention(**inputs, backend=backend)
+    out.sum().backward()
+    assert out.shape == (shape[0], shape[1], 12)
+    assert all((tensor.grad == 0).all() for tensor in inputs.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend, device):
+    if backend == "triton" and device == "cuda":
+        pytest.skip("the kernels take no float64 on a GPU")
+    inputs = [t.requires_grad_() for t in make_inputs(2, 3, 2, 2, torch.float64, device).values()]
+    assert gradcheck(lambda *tensors: masked_attention(*tensors, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice(backend, device):
+    inputs = make_inputs(2, 100, 2, 24, torch.float32, device)
+
+    def run():
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
+        out = masked_attention(*leaves, backend=backend)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_computes_in_its_dtype(backend, device):
+    low = torch.float16 if backend == "triton" else torch.bfloat16
+    inputs = make_inputs(2, 33, 2, 24, torch.float32, device)
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    with torch.autocast(device, dtype=low):
+        out = masked_attention(**leaves, backend=backend)
+    out.float().sum().backward()
+    assert out.dtype == low
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+    expected = masked_attention(**{n: t.to(low) for n, t in inputs.items()}, backend="reference")
+    torch.testing.assert_close(out, expected, atol=8 * torch.finfo(low).eps, rtol=8 * torch.finfo(low).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_to_one_graph(backend, device):
+    inputs = [t.requires_grad_() for t in make_inputs(2, 5, 2, 6, torch.float32, device).values()]
+    compiled = torch.compile(
+        lambda *tensors: masked_attention(*tensors, scale=0.3, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    out = compiled(*inputs)
+    expected = masked_attention(*inputs, scale=0.3, backend=backend)
+    torch.testing.assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck(device):
+    inputs = {n: t.requires_grad_() for n, t in make_inputs(2, 5, 2, 6, torch.float32, device).items()}
+    torch.library.opcheck(torch.ops.ofb_kernels.masked_attention.default, (inputs["qkv"], inputs["mask"], 0.3))
+    qkv, mask = inputs["qkv"].detach(), inputs["mask"].detach()
+    out, log_sum_exp = torch.ops.ofb_kernels.masked_attention(qkv, mask, 0.3)
+    arguments = (torch.randn_like(out), qkv, mask, out, log_sum_exp, 0.3)
+    torch.library.opcheck(torch.ops.ofb_kernels.masked_attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qkv": torch.randn(2, 5, 36)}, ValueError, r"expected qkv of shape \(B, N, 3, H, d\), got \(2, 5, 36\)"),
+        ({"qkv": torch.randn(2, 5, 2, 2, 6)}, ValueError, r"expected qkv of shape \(B, N, 3, H, d\)"),
+        ({"mask": torch.rand(6)}, ValueError, r"expected mask of shape \(2, 6\), got \(6,\)"),
+        ({"qkv": torch.ones(2, 5, 3, 2, 6).long()}, TypeError, "expected qkv as a floating-point tensor"),
+        ({"mask": torch.rand(2, 6, device="meta")}, ValueError, "got mask on meta"),
+        ({"mask": 1.0}, TypeError, "expected mask as a torch.Tensor, got float"),
+        ({"scale": "0.1"}, TypeError, "expected scale as a float or None, got str"),
+        ({"backend": "cuda"}, ValueError, "expected one of reference, eager, triton, got 'cuda'"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = make_inputs(2, 5, 2, 6, torch.float32, "cpu") | change
+    with pytest.raises(error, match=message):
+        masked_attention(**arguments)
+
+
+def test_triton_refuses_wide_heads(device):
+    inputs = make_inputs(1, 3, 1, 129, torch.float32, device)
+    with pytest.raises(ValueError, match="expected heads of d ≤ 128 channels, got 129"):
+        masked_attention(**inputs, backend="triton")
+    torch.testing.assert_close(masked_attention(**inputs), masked_attention(**inputs, backend="reference"))
