@@ -25,7 +25,7 @@ from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile
 
 # Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only).
 BACKWARD_CONFIGURATIONS = {
-    2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    2: dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
     4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
     8: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
 }

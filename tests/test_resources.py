@@ -1,0 +1,90 @@
+"""Every kernel in every shipped configuration, compiled ahead of time: fits the GPU, spills nothing, uses its units."""
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import ofb_kernels.kernels
+
+# Shared memory of one block, in bytes.
+SHARED_LIMITS = {90: 232_448, 80: 166_912}
+TENSOR_CORES = {90: "wgmma", 80: "mma.sync"}
+PRODUCT_KERNELS = {
+    "masked_linear._forward_kernel",
+    "masked_mlp._backward_kernel",
+    "masked_attention._forward_kernel",
+    "masked_attention._backward_query_kernel",
+    "masked_attention._backward_key_value_kernel",
+}
+# Stack in bytes a kernel may take on an architecture, with the reason; 0 for all others.
+STACK_BUDGETS: dict[tuple[str, int], int] = {}
+
+
+@pytest.fixture(scope="module", params=[90, 80], ids=["sm_90", "sm_80"])
+def compiled(request) -> list[dict]:
+    """In a process of its own: here the kernels may be decorated for the interpreter, which compiles nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.resources", "--arch", str(request.param), "--json"]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def kernel_modules() -> dict:
+    path, prefix = ofb_kernels.kernels.__path__, "ofb_kernels.kernels."
+    return {module.name: importlib.import_module(prefix + module.name) for module in pkgutil.iter_modules(path)}
+
+
+def shipped_configurations(module) -> Iterator[dict]:
+    """All configurations of a module but those of float64, which is only ever interpreted."""
+
+    def leaves(entry: dict) -> Iterator[dict]:
+        if "num_warps" in entry:
+            yield entry
+        else:
+            for key, value in entry.items():
+                if key != 8 and not (isinstance(key, tuple) and key[0] == 8):
+                    yield from leaves(value)
+
+    for name, table in vars(module).items():
+        if name.endswith(("CONFIGURATION", "CONFIGURATIONS")):
+            yield from leaves(table)
+
+
+def test_no_kernel_is_forgotten(compiled):
+    kernels = {
+        f"{module_name}.{name}"
+        for module_name, module in kernel_modules().items()
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
+    assert kernels == {row["kernel"] for row in compiled}
+
+
+def test_no_configuration_is_forgotten(compiled):
+    for name, module in kernel_modules().items():
+        launched = [row["options"].items() for row in compiled if row["kernel"].startswith(f"{name}.")]
+        for configuration in shipped_configurations(module):
+            assert any(configuration.items() <= options for options in launched), f"{name}: {configuration}"
+
+
+def test_shared_memory_fits(compiled):
+    assert [row for row in compiled if row["shared"] > SHARED_LIMITS[row["arch"]]] == []
+
+
+def test_nothing_spills(compiled):
+    assert [row for row in compiled if row["stack"] > STACK_BUDGETS.get((row["kernel"], row["arch"]), 0)] == []
+
+
+def test_products_run_on_tensor_cores(compiled):
+    half = [row for row in compiled if row["kernel"] in PRODUCT_KERNELS and row["dtype"] != "float32"]
+    assert {row["kernel"] for row in half} == PRODUCT_KERNELS
+    assert [row for row in half if TENSOR_CORES[row["arch"]] not in row["instructions"]] == []
+
+
+def test_no_double_precision(compiled):
+    assert [row for row in compiled if ".f64" in row["instructions"]] == []
