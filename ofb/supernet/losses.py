@@ -63,18 +63,20 @@ def macs_loss(expected: Tensor, target: float, dense: float) -> Tensor:
     return ((expected - target) / dense).square()
 
 
-def reconstruction_loss(reconstruction: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
+def reconstruction_loss(decoded: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
     """Mean absolute error over the pixels of masked patches against the locally normalized image.
 
+    The decoder's pixel shuffle is undone on the target instead: the same pairs of values, but nothing to differentiate.
+
     Args:
-        reconstruction: (B, C, H, W), the decoder's output.
+        decoded: (B, C·p², H/p, W/p), the decoder's output, one column of channels for each p × p patch.
         images: (B, C, H, W), the network's input.
         patch_mask: (B, H/p, W/p) bool, True where a patch was replaced by the mask token.
     """
     patch_size = images.shape[-1] // patch_mask.shape[-1]
-    pixels = patch_mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
-    error = (reconstruction.float() - local_norm(images.float())).abs() * pixels
-    return error.sum() / (pixels.sum() * images.shape[1]).clamp(min=1)
+    target = F.pixel_unshuffle(local_norm(images.float()), patch_size)
+    error = F.l1_loss(decoded.float(), target, reduction="none").sum(1)  # (B, H/p, W/p)
+    return (error * patch_mask).sum() / (patch_mask.sum() * target.shape[1]).clamp(min=1)
 
 
 def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -103,8 +102,7 @@ class Supernet(nn.Module):
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
         self.target_macs = parse_target(target, self.dense_macs)
         self.bimasks = nn.ModuleDict({n: BiMask(s.candidates, score_mean, **like) for n, s in submodules.items()})
-        self.patch_size = model.patch_embed.patch_size[0]
-        pixels = self.patch_size**2 * model.patch_embed.proj.in_channels
+        pixels = model.patch_embed.proj.weight[0].numel()
         self.decoder = nn.Conv2d(model.embed_dim, pixels, 1, **like)
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim, **like))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -147,10 +145,9 @@ class Supernet(nn.Module):
             tokens = self._features(torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches))
             logits = self.family.logits(self.model, tokens)
             feature_map = self.family.feature_map(self.model, tokens)  # (B, D, h, w)
-            reconstruction = F.pixel_shuffle(self.decoder(feature_map), self.patch_size)
             one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.target_macs, self.dense_macs)
             grid_mask = masked.unflatten(1, feature_map.shape[-2:])
-            rebuilt = reconstruction_loss(reconstruction, images, grid_mask)
+            rebuilt = reconstruction_loss(self.decoder(feature_map), images, grid_mask)
         classification = classification_loss(logits, targets, self.label_smoothing)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_weight * one_hot + self.macs_weight * macs + balance * rebuilt

@@ -1,0 +1,61 @@
+"""The op local_norm: checks, choice of backend, and the Triton backend as a torch library op."""
+
+import torch
+from torch import Tensor
+
+from ofb_kernels import eager, reference
+from ofb_kernels.dispatch import choose_backend
+from ofb_kernels.ops.checks import check_floating, check_shape
+
+MOST_PLANES = 65535  # CUDA's limit on the second grid dimension
+
+
+@torch.no_grad()
+def local_norm(images: Tensor, window: int = 47, eps: float = 1e-6, backend: str | None = None) -> Tensor:
+    """Normalize each pixel by mean and variance of its neighborhood: (x − μ) / √(σ² + eps).
+
+    The reconstruction target of OFB's masked image modelling (Ye et al., CVPR 2024, section 3.4). μ and the unbiased
+    σ² are taken over a window around the pixel, as far as it lies inside the image; σ² is clamped at 0. A target, so
+    there is no gradient.
+
+    Args:
+        images: (B, C, H, W), any floating dtype and strides; computed in float32 at least.
+        window: odd side of the window in pixels; it may be larger than the image.
+        eps: added to the variance, not negative.
+        backend: None, "reference", "eager" or "triton"; see `dispatch`.
+
+    Returns:
+        (B, C, H, W) in images' dtype, also under autocast, without gradient.
+
+    Raises:
+        ValueError: the shape, the window or eps does not fit, or the backend cannot serve the call.
+        TypeError: images is no floating-point tensor.
+    """
+    op = "local_norm"
+    check_floating(op, images=images)
+    check_shape(op, "images", images, "B", "C", "H", "W")
+    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+        raise ValueError(f"{op}: expected window as an odd positive int, got {window!r}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: expected eps of at least 0, got {eps}")
+    planes = images.shape[0] * images.shape[1]
+    limits = f"expected at most {MOST_PLANES} image planes B · C, got {planes}" if planes > MOST_PLANES else None
+    chosen = choose_backend(op, backend, {"images": images}, limits)
+    if chosen == "triton":
+        return torch.ops.ofb_kernels.local_norm(images, window, eps)
+    implementation = {"reference": reference, "eager": eager}[chosen].local_norm
+    with torch.autocast(images.device.type, enabled=False):
+        values = images.to(torch.promote_types(images.dtype, torch.float32))
+        return implementation(values, window, eps).to(images.dtype)
+
+
+@torch.library.custom_op("ofb_kernels::local_norm", mutates_args=())
+def _forward(images: Tensor, window: int, eps: float) -> Tensor:
+    from ofb_kernels.kernels import local_norm as kernel
+
+    return kernel.forward(images, window, eps)
+
+
+@_forward.register_fake
+def _(images, window, eps):
+    return torch.empty_like(images, memory_format=torch.contiguous_format)
