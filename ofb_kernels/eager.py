@@ -7,8 +7,9 @@ are what the Triton kernels have to beat.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ofb_kernels.reference import ACTIVATIONS, HEAD_IMPORTANCE_UNIT, candidate_probabilities, ranks
+from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
 
 
 def bimask(
@@ -17,8 +18,7 @@ def bimask(
     """The sparsity of every rank is one small table, looked up at the units' ranks."""
     heads, channels = score.shape
     importance = score.sigmoid()
-    head_rank = ranks((importance * HEAD_IMPORTANCE_UNIT).long().sum(1))
-    channel_rank = ranks(score)
+    head_rank, channel_rank = unit_ranks(score)
     p = candidate_probabilities(alpha, alive)
     keeps_head = _staircase(head_counts, heads, p)  # (H, A)
     keeps_channel = _staircase(channel_counts, channels, p)  # (d, B)
@@ -54,13 +54,7 @@ def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
-    share = mask / mask.sum()
-    centered = x - (x @ share)[..., None]
-    variance = centered.square() @ share
-    normalized = centered * (variance + eps).rsqrt()[..., None]
-    if bias is None:
-        return normalized * (weight * mask)
-    return torch.addcmul(bias * mask, normalized, weight * mask)
+    return _MaskedLayerNorm.apply(x, weight, bias, mask, eps)
 
 
 def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
@@ -74,8 +68,52 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
 
     pixels = row_counts[:, None] * column_counts
     mean = window_mean(images)
-    variance = (window_mean(images.square()) - mean.square()) * (pixels / (pixels - 1).clamp(min=1))
-    return (images - mean) * (variance.clamp(min=0) + eps).rsqrt()
+    # In place from here: fresh memory for an image batch costs more than the arithmetic on it.
+    variance = window_mean(images.square()).addcmul_(mean, mean, value=-1).mul_(pixels / (pixels - 1).clamp(min=1))
+    return torch.sub(images, mean, out=mean).mul_(variance.clamp_(min=0).add_(eps).rsqrt_())
+
+
+class _MaskedLayerNorm(torch.autograd.Function):
+    """LayerNorm weighted by the mask, its backward in closed form: autograd's own takes about twice as long.
+
+    With n = (x − mean)·rstd, g = dy ⊙ w ⊙ m, M = Σ m and, for each row, c1 = Σ g / M and c2 = Σ g ⊙ n / M:
+
+    dx = rstd·(g − m ⊙ (c1 + c2·n)),   dw = m ⊙ Σ_rows dy ⊙ n,   db = m ⊙ Σ_rows dy
+    dm = w ⊙ Σ_rows dy ⊙ n + b ⊙ Σ_rows dy − Σ_rows (c1·n + ½·c2·(n² − var·rstd²))
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
+        share = mask / mask.sum()
+        centered = x - (x @ share)[..., None]
+        rstd = (centered.square() @ share + eps).rsqrt()
+        normalized = centered.mul_(rstd[..., None])
+        ctx.eps = eps
+        ctx.save_for_backward(normalized, rstd, weight, bias, mask)
+        if bias is None:
+            return normalized * (weight * mask)
+        return torch.addcmul(bias * mask, normalized, weight * mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        normalized, rstd, weight, bias, mask = ctx.saved_tensors
+        with torch.autocast(grad_out.device.type, enabled=False):
+            shape, width = normalized.shape, normalized.shape[-1]
+            normalized, grad_out, rstd = normalized.reshape(-1, width), grad_out.reshape(-1, width), rstd.flatten()
+            scale, total = weight * mask, mask.sum()
+            product = grad_out * normalized
+            c1, c2 = grad_out @ scale / total, product @ scale / total
+            grad_scale, grad_shift = product.sum(0), grad_out.sum(0)
+            through_statistics = torch.addcmul(c1[:, None], c2[:, None], normalized)
+            # Σ_rows (c1·n + ½·c2·n²) = ½·Σ_rows n ⊙ (c1 + (c1 + c2·n)), and var·rstd² = 1 − eps·rstd²
+            products = torch.mul(normalized, through_statistics, out=product).sum(0) + c1 @ normalized
+            grad_mask = weight * grad_scale - 0.5 * (products - c2 @ (1 - ctx.eps * rstd.square()))
+            if bias is not None:
+                grad_mask += bias * grad_shift
+            grad_x = through_statistics.mul_(-mask).addcmul_(grad_out, scale).mul_(rstd[:, None])
+        grad_bias = None if bias is None else mask * grad_shift
+        return grad_x.reshape(shape), mask * grad_scale, grad_bias, grad_mask, None
 
 
 def _staircase(counts: Tensor, units: int, like: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """Every tensor given is a floating-point tensor, all on one device."""
+    """Every argument is a floating-point tensor, all on one device; only a bias may be None."""
     device = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name.endswith("bias"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected {name} as a torch.Tensor, got {type(tensor).__name__}")

@@ -1,0 +1,114 @@
+"""The op masked_layer_norm: checks, choice of backend, the Triton backend as a torch library op with its autograd."""
+
+import torch
+from torch import Tensor
+
+from ofb_kernels import eager, reference
+from ofb_kernels.dispatch import choose_backend
+from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype
+
+MAX_WIDTH = 4096  # the kernels hold a whole row in registers; a wider one would spill
+
+
+def masked_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm over the last dimension in which channel i counts with weight mᵢ, its output ⊙ m.
+
+    mean = Σ mᵢxᵢ / Σ mᵢ,  var = Σ mᵢ(xᵢ − mean)² / Σ mᵢ,  y = ((x − mean)/√(var + eps) ⊙ weight + bias) ⊙ m
+
+    A channel with mask 0 counts for nothing, a mask of ones gives LayerNorm: the layer moves without a jump from the
+    full width to a pruned one, which the search of OFB (Ye et al., CVPR 2024, section 3) needs on a residual stream
+    whose width it searches. Statistics are kept in float32 or better. Differentiable in x, weight, bias and mask.
+
+    Args:
+        x: (..., D), any leading shape and strides; D up to 4096 on the Triton backend.
+        weight: (D,), of x's dtype (any floating dtype under autocast).
+        bias: (D,) or None.
+        mask: (D,), any floating dtype, with a positive sum.
+        eps: added to the variance.
+        backend: None, "reference", "eager" or "triton"; see `dispatch`.
+
+    Returns:
+        (..., D) in x's dtype, or autocast's where it is on.
+
+    Raises:
+        ValueError: shapes or devices do not fit, eps is negative, or the backend cannot serve the call.
+        TypeError: a tensor is no floating-point tensor, or dtypes cannot mix.
+    """
+    op = "masked_layer_norm"
+    check_floating(op, x=x, weight=weight, bias=bias, mask=mask)
+    check_shape(op, "x", x, "...", "D")
+    width = x.shape[-1]
+    for name, vector in {"weight": weight, "bias": bias, "mask": mask}.items():
+        check_shape(op, name, vector, width)
+    if eps < 0:
+        raise ValueError(f"{op}: expected eps >= 0, got {eps}")
+    dtype = compute_dtype(op, x, weight=weight, bias=bias)
+    limits = f"expected x of at most {MAX_WIDTH} channels, got {width}" if width > MAX_WIDTH else None
+    chosen = choose_backend(op, backend, {"x": x, "mask": mask}, limits)
+    if chosen == "triton":
+        return torch.ops.ofb_kernels.masked_layer_norm(x, weight, bias, mask, eps, dtype)[0]
+    implementation = {"reference": reference, "eager": eager}[chosen].masked_layer_norm
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if bias is None else bias.to(wide)
+        return implementation(x.to(wide), weight.to(wide), bias, mask.to(wide), eps).to(dtype)
+
+
+@torch.library.custom_op("ofb_kernels::masked_layer_norm", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ofb_kernels.kernels import masked_layer_norm as kernel
+
+    out, mean, rstd = kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias, mask, eps, dtype)
+    return out.view(x.shape), mean, rstd
+
+
+@_forward.register_fake
+def _(x, weight, bias, mask, eps, dtype):
+    mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("ofb_kernels::masked_layer_norm_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor,
+    mean: Tensor, rstd: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from ofb_kernels.kernels import masked_layer_norm as kernel
+
+    width = x.shape[-1]
+    grad_x, grad_vectors = kernel.backward(
+        grad_out.reshape(-1, width), x.reshape(-1, width), weight, bias, mask, mean, rstd, eps
+    )
+    return grad_x.view(x.shape), grad_vectors
+
+
+@_backward.register_fake
+def _(grad_out, x, weight, bias, mask, mean, rstd, eps):
+    return x.new_empty(x.shape), mean.new_empty(3, x.shape[-1])
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, mask, ctx.eps, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, bias, mask, mean, rstd)
+
+
+def _autograd_backward(ctx, grad_out, _grad_mean, _grad_rstd):
+    x, weight, bias, mask, mean, rstd = ctx.saved_tensors
+    grad_x, (grad_weight, grad_bias, grad_mask) = torch.ops.ofb_kernels.masked_layer_norm_backward(
+        grad_out, x, weight, bias, mask, mean, rstd, ctx.eps
+    )
+    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_mask.to(mask.dtype), None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
