@@ -1,5 +1,7 @@
 """Argument checks shared by the public ops. Each message names the argument, what was expected and what was got."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,8 @@ def compute_dtype(op: str, x: Tensor, **weights: Tensor | None) -> torch.dtype:
 
     The mask may have any floating dtype: it is multiplied in at accumulator precision.
     """
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    if autocast:
+    knows_autocast = x.device.type != "meta" and x.dtype != torch.float64
+    if knows_autocast and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     for name, weight in weights.items():
         if weight is not None and weight.dtype != x.dtype:
@@ -50,6 +52,11 @@ def compute_dtype(op: str, x: Tensor, **weights: Tensor | None) -> torch.dtype:
                 f"{op}: expected {name} of x's dtype {x.dtype}, got {weight.dtype}; convert it, or use torch.autocast"
             )
     return x.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """For what must stay in float32; the meta device knows no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape
+from ofb_kernels.ops.checks import check_floating, check_shape, without_autocast
 
 MOST_PLANES = 65535  # CUDA's limit on the second grid dimension
 
@@ -44,7 +44,7 @@ def local_norm(images: Tensor, window: int = 47, eps: float = 1e-6, backend: str
     if chosen == "triton":
         return torch.ops.ofb_kernels.local_norm(images, window, eps)
     implementation = {"reference": reference, "eager": eager}[chosen].local_norm
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images):
         values = images.to(torch.promote_types(images.dtype, torch.float32))
         return implementation(values, window, eps).to(images.dtype)
 

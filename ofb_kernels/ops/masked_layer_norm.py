@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype
+from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype, without_autocast
 
 MAX_WIDTH = 4096  # the kernels hold a whole row in registers; a wider one would spill
 
@@ -56,7 +56,7 @@ def masked_layer_norm(
         return torch.ops.ofb_kernels.masked_layer_norm(x, weight, bias, mask, eps, dtype)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_layer_norm
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         bias = None if bias is None else bias.to(wide)
         return implementation(x.to(wide), weight.to(wide), bias, mask.to(wide), eps).to(dtype)
 
