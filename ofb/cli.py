@@ -1,0 +1,181 @@
+"""`ofb search | train | evaluate | export`: the options are the dataclasses of ofb.engine.config."""
+
+import copy
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import ofb
+from ofb.engine.checkpoint import write_text
+from ofb.engine.config import (
+    EvaluateConfig,
+    ExportConfig,
+    SearchConfig,
+    TrainConfig,
+    TrainingConfig,
+    from_dict,
+    to_dict,
+)
+from ofb.engine.data import create_loaders, create_model
+from ofb.engine.search import make_supernet
+from ofb.engine.train import pick_device, seed_everything
+from ofb.report import comparison_table, figures
+
+USER_ERROR, INTERRUPTED = 2, 130
+CONFIG_FILE, EXPORT_FOLDER = "config.yaml", "export"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line (the process's own if None) and return its exit code.
+
+    A mistake of the user's is one line on standard error and exit code 2; --debug shows the traceback.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else USER_ERROR
+    try:
+        if args[0] not in COMMANDS:
+            raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {args[0]!r}")
+        run, config_class = COMMANDS[args[0]]
+        run(parse(args[0], config_class, args[1:]))
+    except KeyboardInterrupt as interrupt:
+        print(f"\nofb: interrupted; {interrupt or 'nothing is half written'}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        if debug:
+            raise
+        print(f"ofb: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def usage() -> str:
+    lines = [f"  {name:9} {cls.__doc__}" for name, (_, cls) in COMMANDS.items()]
+    return "\n".join(["usage: ofb COMMAND [OPTIONS]    (ofb COMMAND --help lists the options)", "", *lines])
+
+
+def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
+    """The config of a command line; with --resume, the options the run was started with are its defaults.
+
+    Raises:
+        SystemExit: an option is wrong, or help was asked for.
+        ValueError: a value is out of range, or there is no such run.
+    """
+    import tyro
+
+    def read(**default: Any) -> Any:
+        settings = (tyro.conf.PositionalRequiredArgs,)
+        return tyro.cli(config_class, args=args, prog=f"ofb {command}", config=settings, **default)
+
+    config = read()
+    return read(default=_started_with(config)) if getattr(config, "resume", False) else config
+
+
+def run_train(config: TrainConfig) -> None:
+    config = _open_run("train", config)
+    model = _starting_model(config)
+    loaders = create_loaders(config, model, pick_device(config))
+    with _resumable("train", config):
+        model = ofb.train(model, loaders.train, loaders.val, config)
+        ofb.save(model, Path(config.output) / EXPORT_FOLDER)
+        print(f"test  {_shown(ofb.evaluate(model, loaders.test, config))}")
+    print(f"run folder: {config.output}")
+
+
+def run_search(config: SearchConfig) -> None:
+    config = _open_run("search", config)
+    if config.checkpoint is None and not config.pretrained:
+        print("note: neither --checkpoint nor --pretrained is given: the search starts from random weights")
+    dense = _starting_model(config)
+    loaders = create_loaders(config, dense, pick_device(config))
+    supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
+    with _resumable("search", config):
+        compressed = ofb.search(supernet, loaders.train, loaders.val, config)
+        ofb.save(compressed, Path(config.output) / EXPORT_FOLDER)
+        networks = {
+            name: figures(network, ofb.evaluate(network, loaders.test, config)["top1"])
+            for name, network in {"dense": dense, "compressed": compressed}.items()
+        }
+    print(f"\n{comparison_table(networks)}\n\nrun folder: {config.output}")
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    model = ofb.load(_network_folder(config.checkpoint))
+    loaders = create_loaders(config, model, pick_device(config))
+    print(f"{config.split}  {_shown(ofb.evaluate(model, getattr(loaders, config.split), config))}")
+
+
+def run_export(config: ExportConfig) -> None:
+    folder = _network_folder(config.checkpoint)
+    path = folder / "model.onnx" if config.onnx is None else Path(config.onnx)
+    ofb.export_onnx(ofb.load(folder), path)
+    print(path)
+
+
+COMMANDS = {
+    "search": (run_search, SearchConfig),
+    "train": (run_train, TrainConfig),
+    "evaluate": (run_evaluate, EvaluateConfig),
+    "export": (run_export, ExportConfig),
+}
+
+
+def _open_run(command: str, config: TrainingConfig) -> TrainingConfig:
+    """The config with its run folder settled; the folder is new and empty, or the run is resumed."""
+    import yaml
+
+    if config.resume:
+        return config
+    start = Path(config.checkpoint).name if config.checkpoint else config.model
+    output = config.output or f"runs/{command}-{start}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise ValueError(f"output: expected a new or empty folder, got {output}; add --resume to continue its run")
+    config = dataclasses.replace(config, output=output)
+    write_text(Path(output) / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    return config
+
+
+def _started_with(config: TrainingConfig) -> TrainingConfig:
+    """The options that a run to resume was started with."""
+    import yaml
+
+    path = Path(config.output) / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"resume: expected a run folder with {CONFIG_FILE}, got {config.output}; leave --resume out")
+    try:
+        return from_dict(type(config), yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _starting_model(config: TrainingConfig) -> nn.Module:
+    seed_everything(config.seed, "model", 0)
+    return create_model(config) if config.checkpoint is None else ofb.load(_network_folder(config.checkpoint))
+
+
+def _network_folder(checkpoint: str) -> Path:
+    """The folder of a saved network, which for a run is its export folder."""
+    folder = Path(checkpoint)
+    return folder / EXPORT_FOLDER if (folder / EXPORT_FOLDER).is_dir() else folder
+
+
+@contextmanager
+def _resumable(command: str, config: TrainingConfig) -> Iterator[None]:
+    """Ctrl-C says how to carry on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with: ofb {command} --resume --output {config.output}") from None
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}"

@@ -1,0 +1,1 @@
+"""Running the method: loops, data and disk."""

@@ -1,0 +1,323 @@
+"""Every option of this package, its default and its help text: the command line and the config files are made of these.
+
+Defaults are the recipe of the paper (OFB, CVPR 2024, section 4.1); names are timm's where timm has the option.
+"""
+
+import ast
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
+
+Config = TypeVar("Config")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where and how a command runs."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one if not given."""
+
+    amp: bool = False
+    """Mixed precision."""
+
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Lower precision of --amp."""
+
+    seed: int = 0
+    """Seed of everything random: weights, data order, augmentation, held-out images."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    data: str = "digits"
+    """`digits` (1,797 scans of 8 × 8 pixels that scikit-learn ships), or a data set as timm names it: an empty string
+    for an image folder, torch/cifar10, hfds/…, tfds/…"""
+
+    data_dir: str | None = None
+    """Folder of the data set."""
+
+    train_split: str = "train"
+    """Split to train on."""
+
+    val_split: str | None = None
+    """Split that chooses the best epoch; part of the training split (--val-share) is held out for it if not given."""
+
+    test_split: str = "validation"
+    """Split that only reports."""
+
+    val_share: float = 0.02
+    """Share of the training split that is held out to choose the best epoch."""
+
+    batch_size: int = 1024
+    """Images in a step."""
+
+    workers: int = 4
+    """Processes that read and augment images; `digits` needs none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "workers")
+        _between(self, 0, 1, "val_share")
+        if self.data != "digits" and self.data_dir is None and "/" not in self.data:
+            raise ValueError(
+                f"data: expected `digits`, a timm data set with a prefix such as torch/cifar10, or any name with "
+                f"--data-dir, got {self.data!r} alone; add --data-dir FOLDER"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(RunConfig, DataConfig):
+    """What dense training and search have in common."""
+
+    model: str = "deit_small_patch16_224"
+    """Any timm model name."""
+
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments for the model, each key=value, such as img_size=8 embed_dim=96."""
+
+    pretrained: bool = False
+    """Start from timm's pretrained weights."""
+
+    checkpoint: str | None = None
+    """Start from a network that was saved here (a run folder or its export folder) instead of --model."""
+
+    output: str | None = None
+    """Run folder; runs/COMMAND-MODEL-TIME if not given."""
+
+    resume: bool = False
+    """Continue the run in --output, with the options it was started with."""
+
+    epochs: int = 100
+    """Length of the training."""
+
+    opt: str = "adamw"
+    """Any timm optimizer."""
+
+    lr: float | None = None
+    """Learning rate; it grows with the batch size from the recipe's value at batch size 256 if not given."""
+
+    min_lr: float = 1e-5
+    """Where the cosine schedule ends."""
+
+    warmup_lr: float = 1e-6
+    """Where the warm-up starts."""
+
+    warmup_epochs: float | None = None
+    """Length of the warm-up; the recipe's, but no more than a fifth of the training, if not given."""
+
+    weight_decay: float = 0.05
+    """Decay of weight matrices; biases, norms and tokens have none."""
+
+    clip_grad: float | None = None
+    """Largest norm of the gradient."""
+
+    drop_path: float = 0.1
+    """Stochastic depth rate of the last block; earlier blocks have less."""
+
+    smoothing: float = 0.1
+    """Label smoothing."""
+
+    mixup: float = 0.8
+    """Mixup alpha; the search itself never mixes images, its fine-tuning does."""
+
+    cutmix: float = 1.0
+    """Cutmix alpha; the search itself never mixes images, its fine-tuning does."""
+
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    """AutoAugment or RandAugment policy, None for none; not for `digits`."""
+
+    reprob: float = 0.25
+    """Probability of random erasing; not for `digits`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "epochs")
+        _at_least(self, 0, "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
+        _between(self, 0, 1, "drop_path", "smoothing", "reprob")
+        _positive(self, "lr", "clip_grad")
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs: expected 0 to {self.epochs} (epochs), got {self.warmup_epochs}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size: expected an even number, which mixup and cutmix need, got {self.batch_size}")
+        if self.resume and self.output is None:
+            raise ValueError("resume: expected the run folder as well; add --output FOLDER")
+        self.model_options()
+
+    def model_options(self) -> dict[str, Any]:
+        """`model_kwargs` as keyword arguments; values are Python literals or else strings."""
+        options = {}
+        for pair in self.model_kwargs:
+            key, equals, value = pair.partition("=")
+            if not key.isidentifier() or not equals:
+                raise ValueError(f"model_kwargs: expected key=value, got {pair!r}")
+            try:
+                options[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                options[key] = value
+        return options
+
+    def scaled_lr(self, lr_at_256: float) -> float:
+        """The learning rate in use: `lr`, or the recipe's scaled to the batch size."""
+        return self.lr if self.lr is not None else lr_at_256 * self.batch_size / 256
+
+    def shortened_warmup(self, epochs: float) -> float:
+        """The warm-up in use: `warmup_epochs`, or the recipe's, no longer than a fifth of the training."""
+        return self.warmup_epochs if self.warmup_epochs is not None else min(epochs, self.epochs / 5)
+
+
+@dataclass(kw_only=True)
+class TrainConfig(TrainingConfig):
+    """Train or fine-tune a dense network."""
+
+    epochs: int = 300
+
+    layer_decay: float | None = None
+    """Learning rate of each layer as a share of the next one's."""
+
+    model_ema: bool = False
+    """Keep, evaluate and deliver the moving average of the weights."""
+
+    model_ema_decay: float = 0.9999
+    """Decay of the moving average once it is warm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _between(self, 0, 1, "model_ema_decay")
+        _positive(self, "layer_decay")
+
+
+@dataclass(kw_only=True)
+class SearchConfig(TrainingConfig):
+    """Search a network of a given cost inside a dense one, then fine-tune it."""
+
+    weight_decay: float = 1e-3
+
+    target: str = "50%"
+    """Cost of the network to find: a share of the dense MACs (50%) or MACs (1.1G)."""
+
+    backend: Literal["reference", "eager", "triton"] | None = None
+    """Backend of the ops; the fastest for the device if not given."""
+
+    residual_mask: Literal["stream", "input"] = "stream"
+    """Mask everything that enters the residual stream, or the embedding alone as the released code does."""
+
+    score_mean: float = 0.0
+    """Where the importance logits start; importance starts at their sigmoid."""
+
+    architecture_lr: float | None = None
+    """Learning rate of the architecture logits at its peak; --lr if not given."""
+
+    one_hot_weight: float = 0.5
+    """Weight of the adaptive one-hot loss."""
+
+    macs_weight: float = 5.0
+    """Weight of the MACs loss."""
+
+    prunes_per_epoch: int = 3
+    """Pruning events in an epoch."""
+
+    prune_threshold: float = 0.2
+    """A candidate dies when its probability falls to this share of the average."""
+
+    finetune_epochs: int = 300
+    """Length of the fine-tuning; 0 for none."""
+
+    finetune_lr: float | None = None
+    """Learning rate of the fine-tuning; 1.5e-4 · batch size / 256 if not given."""
+
+    finetune_warmup_epochs: float | None = None
+    """Warm-up of the fine-tuning; 5 epochs, but no more than a fifth of it, if not given."""
+
+    finetune_weight_decay: float = 0.05
+    """Weight decay of the fine-tuning."""
+
+    layer_decay: float | None = 0.95
+    """In fine-tuning, learning rate of each layer as a share of the next one's."""
+
+    model_ema: bool = True
+    """In fine-tuning, keep, evaluate and deliver the moving average of the weights."""
+
+    model_ema_decay: float = 0.9999
+    """Decay of the moving average once it is warm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 0, "finetune_epochs", "finetune_weight_decay", "one_hot_weight", "macs_weight")
+        _at_least(self, 1, "prunes_per_epoch")
+        _between(self, 0, 1, "prune_threshold")
+        _positive(self, "architecture_lr")
+        if self.finetune_epochs:
+            self.finetune()
+
+    def finetune(self) -> TrainConfig:
+        """The fine-tuning as dense training."""
+        shared = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
+        return TrainConfig(
+            **shared
+            | {
+                "epochs": self.finetune_epochs,
+                "lr": self.finetune_lr,
+                "warmup_epochs": self.finetune_warmup_epochs,
+                "weight_decay": self.finetune_weight_decay,
+            }
+        )
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(RunConfig, DataConfig):
+    """Evaluate a saved network."""
+
+    checkpoint: str
+    """A run folder, or its export folder."""
+
+    split: Literal["val", "test"] = "test"
+    """Images to evaluate on: held-out training images, or those of --test-split."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Write a saved network as ONNX."""
+
+    checkpoint: str
+    """A run folder, or its export folder."""
+
+    onnx: str | None = None
+    """File to write; model.onnx beside the network if not given."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as numbers, strings and lists, fit for JSON and YAML."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """A config from what `to_dict` made of it.
+
+    Raises:
+        ValueError: an unknown option, or a value out of range.
+    """
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    if unknown:
+        raise ValueError(f"config: {cls.__name__} has no option {', '.join(unknown)}; remove it")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+
+
+def _between(config: Any, least: float, most: float, *names: str) -> None:
+    for name in names:
+        if not least <= getattr(config, name) < most:
+            raise ValueError(f"{name}: expected at least {least} and less than {most}, got {getattr(config, name)}")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")

@@ -1,0 +1,219 @@
+"""Images: timm's data sets and loaders, and a small real data set that needs no download.
+
+Three parts with one job each: `train` trains, `val` chooses the best epoch, `test` only reports.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
+
+from ofb.engine.config import DataConfig, TrainingConfig
+
+# Mean and standard deviation of the training digits' pixels, 0 to 1.
+DIGITS_CFG = {"input_size": (1, 8, 8), "mean": (0.305,), "std": (0.377,), "crop_pct": 1.0, "num_classes": 10}
+DIGITS_OPTIONS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10}
+DIGITS_PARTS = {"train": 1197, "val": 300, "test": 300}
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Loaders of (images, class indices) for the three parts."""
+
+    train: DataLoader
+    val: DataLoader
+    test: DataLoader
+
+
+class Digits(Dataset):
+    """One part of scikit-learn's digits: 1,797 scans of handwritten digits, (1, 8, 8) in 0 to 1.
+
+    The parts are disjoint, stratified by class and always the same.
+
+    Args:
+        part: train (1,197 scans), val (300) or test (300).
+        transform: applied to each image.
+    """
+
+    def __init__(self, part: str, transform: Callable[[Tensor], Tensor]) -> None:
+        if part not in DIGITS_PARTS:
+            raise ValueError(f"part: expected one of {', '.join(DIGITS_PARTS)}, got {part!r}")
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, targets = load_digits(return_X_y=True)
+        indices = np.arange(len(targets))
+        rest, test = train_test_split(indices, test_size=DIGITS_PARTS["test"], stratify=targets, random_state=0)
+        train, val = train_test_split(rest, test_size=DIGITS_PARTS["val"], stratify=targets[rest], random_state=0)
+        chosen = {"train": train, "val": val, "test": test}[part]
+        self.images = torch.from_numpy(images[chosen]).float().div(16).view(-1, 1, 8, 8)
+        self.targets = targets[chosen].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), self.targets[index]
+
+
+def create_model(config: TrainingConfig) -> nn.Module:
+    """The timm model of a config, fitted to its data: classes, and for `digits` image size, patch size and channels.
+
+    What `model_kwargs` says comes first.
+
+    Raises:
+        ValueError: no such model, or it does not take these arguments.
+    """
+    if not timm.is_model(config.model.split(".")[0]):
+        close = difflib.get_close_matches(config.model, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them"
+        raise ValueError(f"model: expected a timm model name, got {config.model!r}{hint}")
+    options = _options_of_data(config) | config.model_options()
+    try:
+        return timm.create_model(config.model, pretrained=config.pretrained, **options)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"model: {config.model} cannot be made with {options}: {error}") from error
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """What a model expects of its images: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode."""
+    patch_embed = model.patch_embed
+    channels = patch_embed.proj.in_channels
+    resolved = resolve_data_config({"input_size": (channels, *patch_embed.img_size)}, model=model)
+    if len(resolved["mean"]) != channels:
+        for key in ("mean", "std"):
+            resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * channels
+    return resolved
+
+
+def create_loaders(config: DataConfig, model: nn.Module, device: torch.device) -> Loaders:
+    """Loaders of the three parts, preprocessed as the model expects.
+
+    Augmentation and order follow torch's, NumPy's and Python's global generators: seed these for each epoch, and an
+    epoch is the same whether the epochs before it ran in this process or another. `device` is where timm's loader
+    normalizes images if it is a GPU.
+
+    Raises:
+        ValueError: the data and the model do not fit, or the data set cannot be read.
+    """
+    make = _digits_loaders if config.data == "digits" else _timm_loaders
+    loaders = make(config, model, device)
+    if len(loaders.train) == 0:
+        raise ValueError(f"batch_size: expected no more than the training images, got {config.batch_size}")
+    return loaders
+
+
+def _digits_loaders(config: DataConfig, model: nn.Module, device: torch.device) -> Loaders:
+    expected = data_config(model)
+    if expected["input_size"] != DIGITS_CFG["input_size"] or model.num_classes < 10:
+        raise ValueError(
+            f"data: digits are images of 1 × 8 × 8 in 10 classes, got a model for {expected['input_size']} in "
+            f"{model.num_classes} classes; make it with --model-kwargs img_size=8 patch_size=2 in_chans=1 "
+            "num_classes=10"
+        )
+    normalize = Normalize(expected["mean"], expected["std"])
+    shift = RandomApply([RandomCrop(8, padding=1)])  # every other scan, by up to a pixel each way
+    transforms = {"train": Compose([shift, normalize]), "val": normalize, "test": normalize}
+    return Loaders(
+        **{
+            part: DataLoader(
+                Digits(part, transform),
+                config.batch_size,
+                shuffle=part == "train",
+                drop_last=part == "train",
+                pin_memory=device.type == "cuda",
+            )
+            for part, transform in transforms.items()
+        }
+    )
+
+
+def _timm_loaders(config: DataConfig, model: nn.Module, device: torch.device) -> Loaders:
+    expected = data_config(model)
+    train, val = _train_and_val(config, expected)
+    test = _dataset(config, config.test_split, expected)
+    augmentation = {}
+    if isinstance(config, TrainingConfig):
+        augmentation = {"auto_augment": config.aa, "re_prob": config.reprob, "re_mode": "pixel"}
+
+    def loader(dataset: Dataset, **options: Any) -> DataLoader:
+        return create_loader(
+            dataset,
+            **expected,
+            batch_size=config.batch_size,
+            num_workers=config.workers,
+            use_prefetcher=device.type == "cuda",
+            device=device,
+            # New workers are seeded from torch's generator each epoch, old ones would carry on where they were.
+            persistent_workers=False,
+            pin_memory=device.type == "cuda",
+            **options,
+        )
+
+    return Loaders(loader(train, is_training=True, **augmentation), loader(val), loader(test))
+
+
+def _train_and_val(config: DataConfig, expected: dict[str, Any]) -> tuple[Dataset, Dataset]:
+    """The training images and those that choose the best epoch, disjoint."""
+    train = _dataset(config, config.train_split, expected, is_training=True)
+    if config.val_split is not None:
+        return train, _dataset(config, config.val_split, expected)
+    if isinstance(train, IterableDataset):
+        raise ValueError(f"val_split: expected a split of {config.data}, whose images cannot be held out, got None")
+    order = np.random.default_rng(config.seed).permutation(len(train))
+    held_out = round(len(train) * config.val_share)
+    if not 0 < held_out < len(train):
+        raise ValueError(f"val_share: expected to hold out at least one of {len(train)} images, got {config.val_share}")
+    # Two data sets on the same files, since each has its own transform.
+    val = _dataset(config, config.train_split, expected)
+    return _Part(train, sorted(order[held_out:])), _Part(val, sorted(order[:held_out]))
+
+
+class _Part(Subset):
+    """A subset that passes on the transform which timm's loader sets."""
+
+    @property
+    def transform(self) -> Callable | None:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Callable | None) -> None:
+        self.dataset.transform = transform
+
+
+def _dataset(config: DataConfig, split: str, expected: dict[str, Any], is_training: bool = False) -> Dataset:
+    mode = {"input_img_mode": "L"} if expected["input_size"][0] == 1 else {}
+    if config.data.startswith("torch/"):
+        mode = {}
+    try:
+        return create_dataset(
+            config.data,
+            root=config.data_dir,
+            split=split,
+            is_training=is_training,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            **mode,
+        )
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"data: cannot read split {split!r} of {config.data!r} in {config.data_dir}: {error}"
+        ) from error
+
+
+def _options_of_data(config: DataConfig) -> dict[str, Any]:
+    """What a data set asks of a model."""
+    if config.data == "digits":
+        return {**DIGITS_OPTIONS, "pretrained_cfg_overlay": DIGITS_CFG}
+    dataset = _dataset(config, config.train_split, {"input_size": (3,)})
+    classes = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "classes", None)
+    return {"num_classes": len(classes)} if classes else {}

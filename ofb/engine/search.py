@@ -1,0 +1,160 @@
+"""The search: train a supernet until every size is final, then fine-tune the network it found."""
+
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from ofb.engine.config import SearchConfig
+from ofb.engine.journal import Journal
+from ofb.engine.train import (
+    Loader,
+    Optimization,
+    evaluate,
+    pick_device,
+    resumed_state,
+    run_epoch,
+    save_state,
+    seed_everything,
+    set_drop_path,
+    train,
+)
+from ofb.supernet import Supernet
+
+SEARCH_LR_AT_256 = 2.5e-4
+SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
+
+
+def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) -> Supernet:
+    """The supernet a config describes, over a dense model that it takes over.
+
+    Raises:
+        ValueError: the target is out of reach, or the model cannot be searched.
+    """
+    return Supernet(
+        model,
+        config.target,
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=_warmup_epochs(config),
+        residual_mask=config.residual_mask,
+        score_mean=config.score_mean,
+        label_smoothing=config.smoothing,
+        one_hot_weight=config.one_hot_weight,
+        macs_weight=config.macs_weight,
+        prunes_per_epoch=config.prunes_per_epoch,
+        prune_threshold=config.prune_threshold,
+        backend=config.backend,
+    )
+
+
+def search(
+    supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig | None = None
+) -> nn.Module:
+    """Search and fine-tune; the result is a plain timm model with the weights of its best epoch.
+
+    The search ends when every size is final, at the latest after `config.epochs`. With `config.output` each epoch is
+    checkpointed there, and `config.resume` continues from the last one: a resumed run equals an uninterrupted one.
+
+    Args:
+        supernet: made for as many epochs and steps as are run here.
+        train_loader: batches of images (B, C, H, W) and class indices (B,), with a length.
+        val_loader: the same, to choose the best epoch of the fine-tuning.
+        config: the recipe; its data and model options are not read here.
+
+    Raises:
+        ValueError: the supernet was made for another number of steps, or the run cannot be resumed.
+        FloatingPointError: the loss is no longer finite.
+    """
+    config = config or SearchConfig()
+    steps = config.epochs * len(train_loader)
+    if supernet.total_steps != steps:
+        raise ValueError(
+            f"supernet: expected one for {config.epochs} epochs of {len(train_loader)} steps, got one for "
+            f"{supernet.total_steps} steps in all; make it with ofb.Supernet(..., epochs=, steps_per_epoch=)"
+        )
+    model = _search_sizes(supernet, train_loader, val_loader, config)
+    print(describe_choices(supernet), flush=True)
+    if not config.finetune_epochs:
+        return model
+    return train(model, train_loader, val_loader, config.finetune(), stage="finetune")
+
+
+def describe_reach(supernet: Supernet) -> str:
+    """What the search can reach and what it is asked for."""
+    least, most = supernet.reachable()
+    dense = supernet.dense_macs
+    figures = {"min": least, "target": supernet.target_macs, "max": most}
+    shown = "   ".join(f"{name} {macs / 1e6:.4g} M ({macs / dense:.0%})" for name, macs in figures.items())
+    return f"MACs: {shown}   satisfiable: {'yes' if least <= supernet.target_macs <= most else 'no'}"
+
+
+def describe_choices(supernet: Supernet) -> str:
+    """The sizes found, and which of them the search left open until its end."""
+    sizes = "  ".join(f"{choice['submodule']} {_size(choice['size'])}" for choice in supernet.choices)
+    chosen = [choice for choice in supernet.choices if choice["how"] == "chosen"]
+    if not chosen:
+        return f"sizes: {sizes}\nall of them were settled by pruning"
+    least = min(choice["probability"] for choice in chosen)
+    return (
+        f"sizes: {sizes}\n{len(chosen)} of {len(supernet.choices)} were still open at the end and chosen to meet the "
+        f"target (least probability {least:.2f})"
+    )
+
+
+def _search_sizes(supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig) -> nn.Module:
+    """Train the supernet until its sizes are final, and extract the network."""
+    device = pick_device(config)
+    supernet.to(device)
+    set_drop_path(supernet.model, config.drop_path)
+    groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr)
+    optimization = Optimization(
+        create_optimizer_v2(groups, opt=config.opt, lr=config.scaled_lr(SEARCH_LR_AT_256)),
+        config,
+        _warmup_epochs(config),
+        len(train_loader),
+        device,
+    )
+    start = 0
+    state = resumed_state(config, "search")
+    if state is not None:
+        start = state["epoch"]
+        supernet.load_state_dict(state["supernet"])
+        optimization.load_state_dict(state["optimization"])
+    else:
+        print(describe_reach(supernet), flush=True)
+
+    def loss_of(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        losses = vars(supernet.loss(images, targets))
+        return {"loss": losses.pop("total")} | losses
+
+    def stepped() -> None:
+        supernet.step(optimization.optimizer)
+
+    with Journal(config.output, "search", start) as journal:
+        for epoch in range(start, config.epochs):
+            if supernet.finished:
+                break
+            seed_everything(config.seed, "search", epoch)
+            supernet.train()
+            title = f"{epoch + 1}/{config.epochs}"
+            losses = run_epoch(train_loader, loss_of, optimization, stepped, journal, title)
+            figures = {f"val_{name}": value for name, value in evaluate(supernet, val_loader, config).items()}
+            figures["expected_macs"] = supernet.expected_macs()
+            alive = supernet.alive_candidates()
+            figures["alive"] = sum(alive.values())
+            journal.record(epoch, config.epochs, losses | figures | {"alive_candidates": alive})
+            save_state(
+                config,
+                "search",
+                epoch=epoch + 1,
+                supernet=supernet.state_dict(),
+                optimization=optimization.state_dict(),
+            )
+    return supernet.extract()
+
+
+def _warmup_epochs(config: SearchConfig) -> float:
+    return config.shortened_warmup(SEARCH_WARMUP_SHARE * config.epochs)
+
+
+def _size(size: int | list[int]) -> str:
+    return "×".join(map(str, size)) if isinstance(size, list) else str(size)

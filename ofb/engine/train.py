@@ -1,0 +1,326 @@
+"""Dense training, fine-tuning and evaluation of a plain timm model."""
+
+import random
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import AverageMeter, ModelEmaV3, accuracy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
+from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig, to_dict
+from ofb.engine.journal import Journal
+from ofb.supernet.losses import classification_loss
+
+TRAIN_LR_AT_256 = 1.5e-4
+TRAIN_WARMUP_EPOCHS = 5
+STEPS_BETWEEN_NOTES = 50  # reading losses makes the host wait for the device
+FREE_ON_RESUME = {"device", "workers", "backend", "output", "resume"}
+
+Loader = Iterable[tuple[Tensor, Tensor]]  # with a length: batches of images and class indices
+LossOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+def train(
+    model: nn.Module,
+    train_loader: Loader,
+    val_loader: Loader,
+    config: TrainConfig | None = None,
+    *,
+    stage: str = "train",
+) -> nn.Module:
+    """Train a model in place and return it with the weights of its best epoch on the validation images.
+
+    With `config.output` each epoch is checkpointed there, and `config.resume` continues from the last one: a resumed
+    run equals an uninterrupted one.
+
+    Args:
+        model: a timm model with `num_classes`.
+        train_loader: batches of images (B, C, H, W) and class indices (B,), with a length.
+        val_loader: the same, to choose the best epoch.
+        config: the recipe; its data and model options are not read here.
+        stage: names checkpoint and metrics.
+
+    Raises:
+        ValueError: the run to resume was started with other options, or its checkpoint is damaged.
+        FloatingPointError: the loss is no longer finite.
+    """
+    config = config or TrainConfig()
+    device = pick_device(config)
+    set_drop_path(model.to(device), config.drop_path)
+    ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=True) if config.model_ema else None
+    optimization = Optimization(
+        create_optimizer_v2(model, **_optimizer_options(config)),
+        config,
+        config.shortened_warmup(TRAIN_WARMUP_EPOCHS),
+        len(train_loader),
+        device,
+    )
+    loss_of = _loss_of(model, config)
+    kept, best, start = model if ema is None else ema.module, Best(), 0
+    state = resumed_state(config, stage)
+    if state is not None:
+        start, best = state["epoch"], Best(**state["best"])
+        model.load_state_dict(state["model"])
+        kept.load_state_dict(state["kept"])
+        optimization.load_state_dict(state["optimization"])
+
+    def stepped() -> None:
+        if ema is not None:
+            ema.update(model, optimization.steps)
+
+    with Journal(config.output, stage, start) as journal:
+        for epoch in range(start, config.epochs):
+            seed_everything(config.seed, stage, epoch)
+            model.train()
+            losses = run_epoch(train_loader, loss_of, optimization, stepped, journal, f"{epoch + 1}/{config.epochs}")
+            metrics = evaluate(kept, val_loader, config)
+            best.offer(kept, epoch, metrics)
+            journal.record(epoch, config.epochs, losses | {f"val_{key}": value for key, value in metrics.items()})
+            save_state(
+                config,
+                stage,
+                epoch=epoch + 1,
+                model=model.state_dict(),
+                kept=kept.state_dict(),
+                best=vars(best),
+                optimization=optimization.state_dict(),
+            )
+    model.load_state_dict(best.weights)
+    return model.eval()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, config: RunConfig | None = None) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross entropy, the model in eval mode.
+
+    Top-5 of fewer than five classes counts them all.
+    """
+    config = config or RunConfig()
+    device = pick_device(config)
+    model.to(device).eval()
+    meters = {"top1": AverageMeter(), "top5": AverageMeter(), "loss": AverageMeter()}
+    for images, targets in loader:
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with autocast(config, device):
+            logits = model(images)
+        top1, top5 = accuracy(logits, targets, topk=(1, 5))
+        loss = F.cross_entropy(logits.float(), targets)
+        for meter, value in zip(meters.values(), (top1, top5, loss), strict=True):
+            meter.update(value.double(), len(targets))
+    return {name: float(meter.avg) for name, meter in meters.items()}
+
+
+# ---- what dense training and search share ----
+
+
+class Optimization:
+    """Optimizer, cosine schedule with warm-up and loss scaling: one thing to step and to save.
+
+    The schedule is a function of the number of steps, so that number is all it needs to resume.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        config: TrainingConfig,
+        warmup_epochs: float,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        self.optimizer, self.config, self.device = optimizer, config, device
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=config.epochs * steps_per_epoch,
+            lr_min=config.min_lr,
+            warmup_t=round(warmup_epochs * steps_per_epoch),
+            warmup_lr_init=config.warmup_lr,
+            t_in_epochs=False,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+        self.steps = 0
+        self.schedule.step_update(0)
+
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step down this loss."""
+        self.scaler.scale(loss).backward()
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        self.schedule.step_update(self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps = state["steps"]
+
+
+def run_epoch(
+    loader: Loader,
+    loss_of: LossOf,
+    optimization: Optimization,
+    stepped: Callable[[], None],
+    journal: Journal,
+    title: str,
+) -> dict[str, float]:
+    """Train for an epoch and return the mean of each loss; "loss" is the one that is minimized.
+
+    Args:
+        loader: the images.
+        loss_of: named losses of a batch, 0-d tensors.
+        optimization: steps down the losses.
+        stepped: called after each step.
+        journal: shows the progress.
+        title: of the progress bar.
+    """
+    config, device = optimization.config, optimization.device
+    sums, count = {}, 0
+    with journal.progress(loader, len(loader), title) as (batches, note):
+        for images, targets in batches:
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            with autocast(config, device):
+                losses = loss_of(images, targets)
+            optimization.step(losses["loss"])
+            stepped()
+            count += 1
+            sums = {name: sums.get(name, 0) + loss.detach().double() for name, loss in losses.items()}
+            if count % STEPS_BETWEEN_NOTES == 0:
+                note(_finite_means(sums, count, title))
+    return _finite_means(sums, count, title)
+
+
+def _finite_means(sums: dict[str, Tensor], count: int, title: str) -> dict[str, float]:
+    means = {name: float(total) / count for name, total in sums.items()}
+    if not np.isfinite(means["loss"]):
+        raise FloatingPointError(f"the loss is not finite in epoch {title}; lower the learning rate (--lr)")
+    return means
+
+
+def pick_device(config: RunConfig) -> torch.device:
+    """The device of a config; the GPU where there is one if it names none.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if config.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected one of this machine such as cpu, got {config.device!r} ({reason})"
+        ) from error
+    return device
+
+
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
+    """The config's mixed precision."""
+    return torch.autocast(device.type, getattr(torch, config.amp_dtype), enabled=config.amp)
+
+
+def seed_everything(seed: int, stage: str, epoch: int) -> None:
+    """Seed all global generators for one epoch: order, augmentation and dropout then depend on nothing before it.
+
+    A checkpoint between two epochs therefore needs no generator's state.
+    """
+    state = int(np.random.SeedSequence([seed, epoch, *stage.encode()]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Set stochastic depth, growing linearly over the blocks to `rate`."""
+    for block, block_rate in zip(model.blocks, calculate_drop_path_rates(rate, len(model.blocks)), strict=True):
+        block.drop_path1 = DropPath(block_rate) if block_rate > 0 else nn.Identity()
+        block.drop_path2 = DropPath(block_rate) if block_rate > 0 else nn.Identity()
+
+
+def save_state(config: TrainingConfig, stage: str, **state: Any) -> None:
+    """Save a stage's state after an epoch into the run folder, if there is one."""
+    if config.output is not None:
+        save_checkpoint(_checkpoint_path(config, stage), state | {"config": to_dict(config)})
+
+
+def resumed_state(config: TrainingConfig, stage: str) -> dict[str, Any] | None:
+    """The state to continue a stage from, None where it starts anew.
+
+    Raises:
+        ValueError: the run was started with options that differ, or its checkpoint is damaged.
+    """
+    if not config.resume or not _checkpoint_path(config, stage).exists():
+        return None
+    state = load_checkpoint(_checkpoint_path(config, stage))
+    for name, value in to_dict(config).items():
+        if name not in FREE_ON_RESUME and state["config"].get(name) != value:
+            raise ValueError(
+                f"{name}: the run in {config.output} was started with {state['config'].get(name)}, got {value}; "
+                "leave the option out, or start a new run"
+            )
+    return state
+
+
+def _checkpoint_path(config: TrainingConfig, stage: str) -> Path:
+    return Path(config.output) / "checkpoints" / f"{stage}.pt"
+
+
+# ---- parts of train ----
+
+
+@dataclass
+class Best:
+    """The best epoch so far on the validation images."""
+
+    top1: float = -1.0
+    loss: float = 0.0
+    epoch: int = -1
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def offer(self, model: nn.Module, epoch: int, metrics: dict[str, float]) -> None:
+        """Keep this epoch if it is the best: by accuracy, among equals by loss."""
+        if (metrics["top1"], -metrics["loss"]) > (self.top1, -self.loss):
+            self.top1, self.loss, self.epoch = metrics["top1"], metrics["loss"], epoch
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _optimizer_options(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "opt": config.opt,
+        "lr": config.scaled_lr(TRAIN_LR_AT_256),
+        "weight_decay": config.weight_decay,
+        "layer_decay": config.layer_decay,
+    }
+
+
+def _loss_of(model: nn.Module, config: TrainConfig) -> LossOf:
+    """Cross entropy of a batch, mixed first where the config says so."""
+    if not config.mixup and not config.cutmix:
+        return lambda images, targets: {"loss": classification_loss(model(images), targets, config.smoothing)}
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)
+
+    def mixed_loss(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        images, targets = mix(images, targets)
+        return {"loss": classification_loss(model(images), targets, config.smoothing)}
+
+    return mixed_loss
