@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ofb_kernels.autocast import without_autocast
 from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
 
 
@@ -98,7 +99,7 @@ class _MaskedLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
         normalized, rstd, weight, bias, mask = ctx.saved_tensors
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with without_autocast(grad_out):
             shape, width = normalized.shape, normalized.shape[-1]
             normalized, grad_out, rstd = normalized.reshape(-1, width), grad_out.reshape(-1, width), rstd.flatten()
             scale, total = weight * mask, mask.sum()

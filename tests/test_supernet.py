@@ -172,34 +172,28 @@ def test_resumed_search_equals_an_uninterrupted_one(steps):
         assert torch.equal(parameter, expected[name]), name
 
 
-class RecordCalls(TorchDispatchMode):
-    """Counts operator calls; reading a value back to the host is the call that waits for a device."""
+@pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
+def test_no_host_synchronization_between_prunes(residual_mask):
+    """Tensors on the meta device have no values: whatever waits for one raises there."""
+    supernet = make_supernet(steps_per_epoch=100, residual_mask=residual_mask).to("meta")
+    optimizer = torch.optim.SGD(supernet.parameters(), lr=1e-3)
+    losses = supernet.loss(*make_batch("meta"))
+    losses.total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    supernet.step(optimizer)
+    with pytest.raises(RuntimeError, match="meta"):
+        losses.total.item()
 
-    WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}
 
+class CountCalls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.waits = 0, []
+        self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += 1
-        if func.name().split(".")[0] in self.WAITS:
-            self.waits.append(func.name())
         return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
-def test_no_host_synchronization_between_prunes(residual_mask):
-    supernet = make_supernet(steps_per_epoch=100, residual_mask=residual_mask)
-    optimizer = torch.optim.SGD(supernet.parameters(), lr=1e-3)
-    batch = make_batch()
-    with RecordCalls() as record:
-        supernet.loss(*batch).total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        supernet.step(optimizer)
-    assert record.calls > 100
-    assert record.waits == []
 
 
 def test_calls_do_not_grow_with_candidates():
@@ -208,9 +202,9 @@ def test_calls_do_not_grow_with_candidates():
     def calls_of_a_loss(embed_dim):
         supernet = make_supernet(model_options={"embed_dim": embed_dim, "num_heads": embed_dim // 8})
         batch = make_batch()
-        with RecordCalls() as record:
+        with CountCalls() as count:
             supernet.loss(*batch)
-        return sum(supernet.alive_candidates().values()), record.calls
+        return sum(supernet.alive_candidates().values()), count.calls
 
     (few, calls), (many, calls_of_many) = calls_of_a_loss(16), calls_of_a_loss(128)
     assert many > 1.5 * few

@@ -1,7 +1,5 @@
 """Argument checks shared by the public ops. Each message names the argument, what was expected and what was got."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -52,11 +50,6 @@ def compute_dtype(op: str, x: Tensor, **weights: Tensor | None) -> torch.dtype:
                 f"{op}: expected {name} of x's dtype {x.dtype}, got {weight.dtype}; convert it, or use torch.autocast"
             )
     return x.dtype
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """For what must stay in float32; the meta device knows no autocast."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

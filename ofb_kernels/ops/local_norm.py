@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ofb_kernels import eager, reference
+from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape, without_autocast
+from ofb_kernels.ops.checks import check_floating, check_shape
 
 MOST_PLANES = 65535  # CUDA's limit on the second grid dimension
 

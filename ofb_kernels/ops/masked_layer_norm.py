@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ofb_kernels import eager, reference
+from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype, without_autocast
+from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype
 
 MAX_WIDTH = 4096  # the kernels hold a whole row in registers; a wider one would spill
 

@@ -1,0 +1,11 @@
+"""Keeping autocast away from what must be computed in float32."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Context in which operations on the tensor's device keep their dtypes; the meta device knows no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
