@@ -21,7 +21,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from ofb_kernels.kernels import masked_attention, masked_layer_norm, masked_linear, masked_mlp
+from ofb_kernels.kernels import (
+    bimask,
+    local_norm,
+    masked_attention,
+    masked_layer_norm,
+    masked_linear,
+    masked_mlp,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -72,7 +79,29 @@ def launch_masked_layer_norm(dtype: torch.dtype) -> None:
             masked_layer_norm.backward(out, x, weight, optional_bias, mask, mean, rstd, 1e-6)
 
 
-LAUNCHES = (launch_masked_linear, launch_masked_mlp, launch_masked_attention, launch_masked_layer_norm)
+def launch_bimask(dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        return  # the op hands its kernels float32 whatever the dtype of the scores
+    for heads, channels, counts in ((6, 64, (3, 7)), (12, 64, (6, 7)), (1, 768, (1, 33)), (1, 3072, (1, 7))):
+        score, alpha, lam, alive = meta(heads, channels), meta(*counts), meta(), meta(*counts, dtype=torch.bool)
+        head_counts, channel_counts = (meta(count, dtype=torch.int64) for count in counts)
+        submodule = score, alpha, head_counts, channel_counts, lam, alive
+        mask, head_rank, channel_rank = bimask.forward(*submodule)
+        bimask.backward(mask, *submodule, head_rank, channel_rank)
+
+
+def launch_local_norm(dtype: torch.dtype) -> None:
+    local_norm.forward(meta(2, 3, 224, 224, dtype=dtype), 47, 1e-6)
+
+
+LAUNCHES = (
+    launch_bimask,
+    launch_masked_linear,
+    launch_masked_mlp,
+    launch_masked_attention,
+    launch_masked_layer_norm,
+    launch_local_norm,
+)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

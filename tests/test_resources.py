@@ -23,7 +23,11 @@ PRODUCT_KERNELS = {
     "masked_attention._backward_key_value_kernel",
 }
 # Stack in bytes a kernel may take on an architecture, with the reason; 0 for all others.
-STACK_BUDGETS: dict[tuple[str, int], int] = {}
+STACK_BUDGETS = {
+    # ptxas parks two values once, outside the loops, to stay on a step of 72 registers it could have left.
+    ("bimask._backward_kernel", 90): 8,
+    ("bimask._backward_kernel", 80): 8,
+}
 
 
 @pytest.fixture(scope="module", params=[90, 80], ids=["sm_90", "sm_80"])
