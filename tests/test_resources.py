@@ -22,12 +22,6 @@ PRODUCT_KERNELS = {
     "masked_attention._backward_query_kernel",
     "masked_attention._backward_key_value_kernel",
 }
-# Stack in bytes a kernel may take on an architecture, with the reason; 0 for all others.
-STACK_BUDGETS = {
-    # ptxas parks two values once, outside the loops, to stay on a step of 72 registers it could have left.
-    ("bimask._backward_kernel", 90): 8,
-    ("bimask._backward_kernel", 80): 8,
-}
 
 
 @pytest.fixture(scope="module", params=[90, 80], ids=["sm_90", "sm_80"])
@@ -81,7 +75,7 @@ def test_shared_memory_fits(compiled):
 
 
 def test_nothing_spills(compiled):
-    assert [row for row in compiled if row["stack"] > STACK_BUDGETS.get((row["kernel"], row["arch"]), 0)] == []
+    assert [row for row in compiled if row["stack"] > 0] == []
 
 
 def test_products_run_on_tensor_cores(compiled):
