@@ -27,7 +27,8 @@ def ranks(importance: Tensor) -> Tensor:
 
 def unit_ranks(score: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks (H,) of the heads by Σ_channels S, and ranks (H, d) of the channels inside each head by s."""
-    head_importance = (score.sigmoid() * HEAD_IMPORTANCE_UNIT).long().sum(1)
+    # In float64: on a CPU the last bit of a float32 sigmoid depends on where in memory its argument stands.
+    head_importance = (score.double().sigmoid() * HEAD_IMPORTANCE_UNIT).long().sum(1)
     return ranks(head_importance), ranks(score)
 
 
