@@ -1,0 +1,64 @@
+"""Options: defaults of the paper's recipe, round trips, errors that name the option."""
+
+import json
+
+import pytest
+
+from ofb.engine.config import DataConfig, EvaluateConfig, SearchConfig, TrainConfig, from_dict, to_dict
+
+
+def test_defaults_are_the_recipe():
+    search = SearchConfig()
+    assert (search.epochs, search.batch_size, search.weight_decay, search.min_lr) == (100, 1024, 1e-3, 1e-5)
+    assert (search.drop_path, search.aa, search.reprob) == (0.1, "rand-m9-mstd0.5-inc1", 0.25)
+    finetune = search.finetune()
+    assert (finetune.epochs, finetune.weight_decay, finetune.layer_decay, finetune.model_ema) == (300, 0.05, 0.95, True)
+    assert (finetune.mixup, finetune.cutmix) == (0.8, 1.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(model_kwargs=("img_size=8", "act_layer=gelu"), lr=1e-3),
+        SearchConfig(target="1.1G", finetune_epochs=0),
+        EvaluateConfig(checkpoint="runs/x"),
+    ],
+)
+def test_round_trip_through_json(config):
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_model_kwargs_are_literals_or_strings():
+    config = TrainConfig(model_kwargs=("img_size=(8,8)", "qkv_bias=False", "global_pool=token", "a=b=c"))
+    assert config.model_options() == {"img_size": (8, 8), "qkv_bias": False, "global_pool": "token", "a": "b=c"}
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert TrainConfig(batch_size=512).scaled_lr(1e-4) == 2e-4
+    assert TrainConfig(batch_size=512, lr=0.5).scaled_lr(1e-4) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": 33}, "batch_size: expected an even number"),
+        ({"lr": -1.0}, "lr: expected a positive number, got -1.0"),
+        ({"smoothing": 1.0}, "smoothing: expected at least 0 and less than 1, got 1.0"),
+        ({"drop_path": float("nan")}, "drop_path: expected"),
+        ({"warmup_epochs": 1e9}, "warmup_epochs: expected 0 to"),
+        ({"model_kwargs": ("img_size",)}, "model_kwargs: expected key=value, got 'img_size'"),
+        ({"resume": True}, "resume: expected the run folder as well; add --output FOLDER"),
+        ({"data": "cifar10"}, "data: expected `digits`, a timm data set"),
+    ],
+)
+@pytest.mark.parametrize("config_class", [TrainConfig, SearchConfig])
+def test_bad_values(config_class, options, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**options)
+
+
+def test_unknown_option():
+    with pytest.raises(ValueError, match="DataConfig has no option colour, size; remove it"):
+        from_dict(DataConfig, {"size": 3, "colour": 1, "batch_size": 2})

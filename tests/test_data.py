@@ -1,0 +1,116 @@
+"""The digits: disjoint, stratified, the same every time; and timm's data sets by folder."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ofb.engine.config import TrainConfig
+from ofb.engine.data import DIGITS_PARTS, Digits, create_loaders, create_model
+from ofb.engine.train import seed_everything
+
+CPU = torch.device("cpu")
+DIGITS_MODEL = {"model": "vit_tiny_patch16_224", "model_kwargs": ("embed_dim=16", "depth=1", "num_heads=2")}
+
+
+def parts() -> dict[str, Digits]:
+    return {part: Digits(part, transform=lambda image: image) for part in DIGITS_PARTS}
+
+
+def test_parts_are_disjoint_and_stratified():
+    from sklearn.datasets import load_digits
+
+    images = load_digits().data
+    repeats = len(images) - len({image.tobytes() for image in images})  # identical scans, if the data holds any
+    found = parts()
+    assert {name: len(part) for name, part in found.items()} == DIGITS_PARTS
+    distinct = {image.numpy().tobytes() for part in found.values() for image in part.images}
+    assert len(distinct) == len(images) - repeats
+    for part in found.values():
+        shares = np.bincount(part.targets) / len(part)
+        assert abs(shares - 0.1).max() < 0.01
+
+
+def test_values_and_repeatability():
+    for first, second in zip(parts().values(), parts().values(), strict=True):
+        assert torch.equal(first.images, second.images)
+        assert first.images.min() == 0 and first.images.max() == 1
+
+
+def test_an_epoch_depends_on_its_seed_alone():
+    config = TrainConfig(batch_size=64, **DIGITS_MODEL)
+    model = create_model(config)
+
+    def epoch(number, epochs_before):
+        loaders = create_loaders(config, model, CPU)
+        for before in range(epochs_before):
+            seed_everything(0, "train", before)
+            list(loaders.train)
+        seed_everything(0, "train", number)
+        return torch.cat([images for images, _ in loaders.train])
+
+    assert torch.equal(epoch(2, 0), epoch(2, 2))
+    assert not torch.equal(epoch(2, 0), epoch(1, 0))
+
+
+def test_model_follows_the_digits():
+    model = create_model(TrainConfig(**DIGITS_MODEL))
+    assert model.patch_embed.img_size == (8, 8)
+    assert (model.num_classes, model.patch_embed.proj.in_channels, model.embed_dim) == (10, 1, 16)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 12, "validation": 4}.items():
+        for label in ("cat", "dog"):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def test_image_folder(image_folder):
+    config = TrainConfig(
+        data="",
+        data_dir=str(image_folder),
+        val_share=0.25,
+        batch_size=4,
+        workers=0,
+        model="vit_tiny_patch16_224",
+        model_kwargs=("img_size=16", "patch_size=4", "embed_dim=16", "depth=1", "num_heads=2"),
+    )
+    model = create_model(config)
+    assert model.num_classes == 2
+    loaders = create_loaders(config, model, CPU)
+    assert [len(loader.dataset) for loader in (loaders.train, loaders.val, loaders.test)] == [18, 6, 8]
+    for loader in (loaders.train, loaders.val, loaders.test):
+        images, targets = next(iter(loader))
+        assert images.shape[1:] == (3, 16, 16) and images.is_floating_point()
+        assert set(targets.tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "vit_tinny_patch16_224"}, "expected a timm model name, got 'vit_tinny_patch16_224'; did you mean"),
+        ({"model_kwargs": ("colour=3",)}, "cannot be made with"),
+        ({"data": "", "data_dir": "/no/such/folder"}, "data: cannot read split 'train'"),
+    ],
+)
+def test_bad_model_or_data(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(TrainConfig(**(DIGITS_MODEL | options)))
+
+
+def test_model_and_digits_must_fit():
+    config = TrainConfig(model="vit_tiny_patch16_224", model_kwargs=("img_size=16", "patch_size=4", "depth=1"))
+    with pytest.raises(ValueError, match="digits are images of 1 × 8 × 8 in 10 classes"):
+        create_loaders(config, create_model(config), CPU)
+
+
+def test_batch_larger_than_the_data():
+    config = TrainConfig(batch_size=4096, **DIGITS_MODEL)
+    with pytest.raises(ValueError, match="batch_size: expected no more than the training images, got 4096"):
+        create_loaders(config, create_model(config), CPU)

@@ -1,0 +1,37 @@
+"""Both packages import with what they require, and with nothing more."""
+
+import subprocess
+import sys
+
+import pytest
+
+OPTIONAL = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "yaml"]
+
+
+def run_without(blocked: list[str], code: str) -> None:
+    blocking = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+    done = subprocess.run([sys.executable, "-c", blocking + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ofb_needs_no_extra():
+    # timm reads its own configuration with yaml, so that one is checked by name only
+    run_without([name for name in OPTIONAL if name != "yaml"], "import ofb, ofb.cli, ofb.export, ofb.report")
+
+
+def test_ofb_kernels_needs_torch_alone():
+    run_without([*OPTIONAL, "timm", "torchvision", "numpy.testing"], "import ofb_kernels, ofb_kernels.nn")
+
+
+def test_ofb_kernels_without_triton_is_eager():
+    run_without(
+        ["triton"],
+        "import torch, ofb_kernels\n"
+        "x = ofb_kernels.masked_linear(torch.randn(2, 3), torch.randn(4, 3), None, torch.rand(4))\n"
+        "assert x.shape == (2, 4)",
+    )
+
+
+@pytest.mark.parametrize("package", ["ofb_kernels"])
+def test_arrows_point_down(package):
+    run_without(["ofb"], f"import {package}, {package}.nn, {package}.testing, {package}.kernels.masked_mlp")
