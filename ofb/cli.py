@@ -101,11 +101,9 @@ def run_search(config: SearchConfig) -> None:
     with _resumable("search", config):
         compressed = ofb.search(supernet, loaders.train, loaders.val, config)
         ofb.save(compressed, Path(config.output) / EXPORT_FOLDER)
-        networks = {
-            name: figures(network, ofb.evaluate(network, loaders.test, config)["top1"])
-            for name, network in {"dense": dense, "compressed": compressed}.items()
-        }
-    print(f"\n{comparison_table(networks)}\n\nrun folder: {config.output}")
+        networks = {"dense": dense, "compressed": compressed}
+        top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
+    print(f"\n{comparison_table(figures(networks, top1))}\n\nrun folder: {config.output}")
 
 
 def run_evaluate(config: EvaluateConfig) -> None:

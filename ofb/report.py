@@ -1,5 +1,6 @@
 """What a run achieved: dense and compressed side by side."""
 
+import copy
 import statistics
 import time
 from collections.abc import Mapping
@@ -11,27 +12,33 @@ from ofb.engine.data import data_config
 from ofb.export import count_params
 from ofb.supernet.families import count_macs
 
-WARMUP_RUNS, TIMED_RUNS = 10, 50
+WARMUP_RUNS, TIMED_RUNS = 10, 100
 
 
-def figures(model: nn.Module, top1: float) -> dict[str, float]:
-    """A network's figures: top1 in percent as given, macs, params, and latency_ms on the CPU."""
-    return {"top1": top1, "macs": count_macs(model), "params": count_params(model), "latency_ms": cpu_latency(model)}
+def figures(networks: Mapping[str, nn.Module], top1: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Each network's figures: top1 in percent as given, macs, params, and latency_ms on the CPU."""
+    latency = cpu_latency(networks)
+    return {
+        name: {"top1": top1[name], "macs": count_macs(n), "params": count_params(n), "latency_ms": latency[name]}
+        for name, n in networks.items()
+    }
 
 
 @torch.inference_mode()
-def cpu_latency(model: nn.Module) -> float:
-    """Median milliseconds for one image on the CPU, with torch's present number of threads."""
-    device = next(model.parameters()).device
-    model = model.cpu().eval()
-    image = torch.randn(1, *data_config(model)["input_size"])
-    times = []
+def cpu_latency(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Median milliseconds of each network for one image on the CPU, with torch's present number of threads.
+
+    The networks take turns, so that whatever else the machine does slows all of them alike.
+    """
+    copies = {name: copy.deepcopy(network).cpu().eval() for name, network in networks.items()}
+    images = {name: torch.randn(1, *data_config(network)["input_size"]) for name, network in copies.items()}
+    times = {name: [] for name in copies}
     for _ in range(WARMUP_RUNS + TIMED_RUNS):
-        start = time.perf_counter()
-        model(image)
-        times.append(time.perf_counter() - start)
-    model.to(device)
-    return 1e3 * statistics.median(times[WARMUP_RUNS:])
+        for name, network in copies.items():
+            start = time.perf_counter()
+            network(images[name])
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(measured[WARMUP_RUNS:]) for name, measured in times.items()}
 
 
 def comparison_table(networks: Mapping[str, Mapping[str, float]]) -> str:

@@ -1,6 +1,5 @@
 """The search: train a supernet until every size is final, then fine-tune the network it found."""
 
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from ofb.engine.config import SearchConfig
@@ -9,6 +8,7 @@ from ofb.engine.train import (
     Loader,
     Optimization,
     evaluate,
+    make_optimizer,
     pick_device,
     resumed_state,
     run_epoch,
@@ -107,7 +107,7 @@ def _search_sizes(supernet: Supernet, train_loader: Loader, val_loader: Loader, 
     set_drop_path(supernet.model, config.drop_path)
     groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr)
     optimization = Optimization(
-        create_optimizer_v2(groups, opt=config.opt, lr=config.scaled_lr(SEARCH_LR_AT_256)),
+        make_optimizer(groups, config, SEARCH_LR_AT_256),
         config,
         _warmup_epochs(config),
         len(train_loader),

@@ -61,7 +61,9 @@ def train(
     set_drop_path(model.to(device), config.drop_path)
     ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=True) if config.model_ema else None
     optimization = Optimization(
-        create_optimizer_v2(model, **_optimizer_options(config)),
+        make_optimizer(
+            model, config, TRAIN_LR_AT_256, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+        ),
         config,
         config.shortened_warmup(TRAIN_WARMUP_EPOCHS),
         len(train_loader),
@@ -123,6 +125,15 @@ def evaluate(model: nn.Module, loader: Loader, config: RunConfig | None = None) 
 
 
 # ---- what dense training and search share ----
+
+
+def make_optimizer(
+    parameters: nn.Module | Iterable[dict[str, Any]], config: TrainingConfig, lr_at_256: float, **options: Any
+) -> Optimizer:
+    """The config's timm optimizer over a model or over parameter groups, torch's own in a single kernel."""
+    if config.opt == "adamw":
+        options["fused"] = True
+    return create_optimizer_v2(parameters, opt=config.opt, lr=config.scaled_lr(lr_at_256), **options)
 
 
 class Optimization:
@@ -302,15 +313,6 @@ class Best:
         if (metrics["top1"], -metrics["loss"]) > (self.top1, -self.loss):
             self.top1, self.loss, self.epoch = metrics["top1"], metrics["loss"], epoch
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def _optimizer_options(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "opt": config.opt,
-        "lr": config.scaled_lr(TRAIN_LR_AT_256),
-        "weight_decay": config.weight_decay,
-        "layer_decay": config.layer_decay,
-    }
 
 
 def _loss_of(model: nn.Module, config: TrainConfig) -> LossOf:
