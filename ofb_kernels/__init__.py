@@ -3,7 +3,7 @@
 from ofb_kernels.dispatch import use_backend
 from ofb_kernels.ops.bimask import bimask
 from ofb_kernels.ops.local_norm import local_norm
-from ofb_kernels.ops.masked_attention import masked_attention
+from ofb_kernels.ops.masked_attention import masked_attention, masked_qkv_attention
 from ofb_kernels.ops.masked_layer_norm import masked_layer_norm
 from ofb_kernels.ops.masked_linear import masked_linear
 from ofb_kernels.ops.masked_mlp import masked_mlp
@@ -15,5 +15,6 @@ __all__ = [
     "masked_layer_norm",
     "masked_linear",
     "masked_mlp",
+    "masked_qkv_attention",
     "use_backend",
 ]

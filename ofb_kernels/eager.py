@@ -54,6 +54,13 @@ def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
     return (attended.transpose(1, 2) * mask).to(qkv.dtype).flatten(2)
 
 
+def masked_qkv_attention(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float) -> Tensor:
+    """The mask goes into the projection's weights: nothing is left of it in the attention."""
+    qkv = masked_linear(x, weight, bias, mask.flatten().repeat(3), None)
+    q, k, v = qkv.unflatten(-1, (3, *mask.shape)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
     return _MaskedLayerNorm.apply(x, weight, bias, mask, eps)
 

@@ -6,7 +6,7 @@ A mask belongs to a search, not to a layer, so no module keeps one; weights of a
 import torch
 from torch import Tensor, nn
 
-from ofb_kernels.ops.masked_attention import masked_attention
+from ofb_kernels.ops.masked_attention import masked_qkv_attention
 from ofb_kernels.ops.masked_layer_norm import masked_layer_norm
 from ofb_kernels.ops.masked_linear import masked_linear
 from ofb_kernels.ops.masked_mlp import masked_mlp
@@ -79,7 +79,7 @@ class MaskedMlp(nn.Module):
 
 
 class MaskedAttention(nn.Module):
-    """Multi-head self-attention with q, k and v masked, see `masked_attention`; state-dict keys of timm's Attention.
+    """Self-attention with q, k and v masked, see `masked_qkv_attention`; state-dict keys of timm's Attention.
 
     Args:
         dim: width of the residual stream.
@@ -118,8 +118,7 @@ class MaskedAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (B, N, dim), mask (num_heads, head_dim) → (B, N, dim)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return self.proj(masked_attention(qkv, mask, self.scale))
+        return self.proj(masked_qkv_attention(x, self.qkv.weight, self.qkv.bias, mask, self.scale))
 
 
 class MaskedLayerNorm(nn.LayerNorm):

@@ -78,6 +78,11 @@ def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
     return (attention @ v).transpose(1, 2).flatten(2)
 
 
+def masked_qkv_attention(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float) -> Tensor:
+    """masked_attention of the projection x Wᵀ + b, which holds q, k and v one after the other."""
+    return masked_attention(F.linear(x, weight, bias).unflatten(-1, (3, *mask.shape)), mask, scale)
+
+
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
     """LayerNorm in which channel i counts with weight mask_i, its output ⊙ mask."""
     total = mask.sum()

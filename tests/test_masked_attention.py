@@ -1,12 +1,14 @@
 """masked_attention: every backend against the float64 reference, gradients, compilation, bad input."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from ofb_kernels.ops.masked_attention import masked_attention
+from ofb_kernels.ops.masked_attention import masked_attention, masked_qkv_attention
 from ofb_kernels.testing import check_op
 from tests.common import BACKENDS, dtypes_of
 
@@ -172,3 +174,50 @@ def test_triton_refuses_wide_heads(device):
     with pytest.raises(ValueError, match="expected heads of d ≤ 128 channels, got 129"):
         masked_attention(**inputs, backend="triton")
     torch.testing.assert_close(masked_attention(**inputs), masked_attention(**inputs, backend="reference"))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_the_projection_inside(backend, dtype, bias, device):
+    inputs = {
+        "x": torch.randn(2, 19, 20, device=device),
+        "weight": torch.randn(3 * 2 * 12, 20, device=device) / 20**0.5,
+        "bias": torch.randn(3 * 2 * 12, device=device),
+        "mask": torch.rand(2, 12, device=device),
+    }
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items() if bias or name != "bias"}
+    check_op(masked_qkv_attention, inputs, {} if bias else {"bias": None}, backend, reduction=2 * 19)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projection_inside_compiles_to_one_graph(backend, device):
+    x, weight = torch.randn(2, 5, 8, device=device), torch.randn(24, 8, device=device)
+    bias, mask = torch.randn(24, device=device), torch.rand(2, 4, device=device)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, mask)]
+    function = functools.partial(masked_qkv_attention, scale=0.3, backend=backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*inputs), function(*inputs)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.randn(23, 8)}, ValueError, r"expected weight of shape \(24, 8\), got \(23, 8\)"),
+        ({"x": torch.randn(5, 8)}, ValueError, r"expected x of shape \(B, N, K\), got \(5, 8\)"),
+        ({"mask": torch.rand(8)}, ValueError, r"expected mask of shape \(H, d\), got \(8,\)"),
+        ({"bias": torch.rand(8)}, ValueError, r"expected bias of shape \(24\), got \(8,\)"),
+        ({"weight": torch.randn(24, 8).double()}, TypeError, "expected weight of x's dtype"),
+        ({"scale": "big"}, TypeError, "expected scale as a float or None, got str"),
+    ],
+)
+def test_projection_inside_bad_input(change, error, message):
+    arguments = {"x": torch.randn(2, 5, 8), "weight": torch.randn(24, 8), "bias": None, "mask": torch.rand(2, 4)}
+    with pytest.raises(error, match=message):
+        masked_qkv_attention(**(arguments | change))

@@ -1,6 +1,7 @@
-"""The op masked_attention: checks, choice of backend, the Triton backend as a torch library op with its autograd."""
+"""Masked attention, on packed qkv or with the projection inside: checks, choice of backend, torch library op."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ofb_kernels import eager, reference
@@ -34,17 +35,70 @@ def masked_attention(qkv: Tensor, mask: Tensor, scale: float | None = None, back
     check_shape(op, "qkv", qkv, "B", "N", 3, "H", "d")
     heads, head_dim = qkv.shape[-2:]
     check_shape(op, "mask", mask, heads, head_dim)
-    if scale is None:
-        scale = max(head_dim, 1) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{op}: expected scale as a float or None, got {type(scale).__name__}")
+    scale = _checked_scale(op, scale, head_dim)
     qkv = qkv.to(compute_dtype(op, qkv))
-    limits = None if head_dim <= MAX_HEAD_DIM else f"expected heads of d ≤ {MAX_HEAD_DIM} channels, got {head_dim}"
-    chosen = choose_backend(op, backend, {"qkv": qkv, "mask": mask}, limits)
+    chosen = choose_backend(op, backend, {"qkv": qkv, "mask": mask}, _limits(head_dim))
     if chosen == "triton":
-        return torch.ops.ofb_kernels.masked_attention(qkv, mask, float(scale))[0]
+        return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_attention
     return implementation(qkv, mask, scale)
+
+
+def masked_qkv_attention(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`masked_attention` of a projection qkv = x Wᵀ + b, with the projection inside.
+
+    Where the mask costs least depends on the backend: eager multiplies it into the projection's weights, triton into
+    the tiles of the attention kernel. Differentiable in x, weight, bias and mask.
+
+    Args:
+        x: (B, N, K).
+        weight: (3·H·d, K), the rows of q, k and v one after the other, of x's dtype (any under autocast).
+        bias: (3·H·d,) or None.
+        mask: (H, d), any floating dtype.
+        scale: of the scores; d^−½ where None.
+        backend: None, "reference", "eager" or "triton" (d up to 128); see `dispatch`.
+
+    Returns:
+        (B, N, H·d) in x's dtype, or autocast's where it is on.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the backend cannot serve the call.
+        TypeError: an argument is no floating-point tensor, dtypes cannot mix, or scale is no number.
+    """
+    op = "masked_qkv_attention"
+    check_floating(op, x=x, weight=weight, bias=bias, mask=mask)
+    check_shape(op, "x", x, "B", "N", "K")
+    check_shape(op, "mask", mask, "H", "d")
+    check_shape(op, "weight", weight, 3 * mask.numel(), x.shape[-1])
+    check_shape(op, "bias", bias, 3 * mask.numel())
+    scale = _checked_scale(op, scale, mask.shape[1])
+    dtype = compute_dtype(op, x, weight=weight, bias=bias)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    chosen = choose_backend(op, backend, {"x": x, "mask": mask}, _limits(mask.shape[1]))
+    if chosen == "triton":
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, *mask.shape))
+        return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale)[0]
+    implementation = {"reference": reference, "eager": eager}[chosen].masked_qkv_attention
+    return implementation(x, weight, bias, mask, scale)
+
+
+def _checked_scale(op: str, scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return max(head_dim, 1) ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: expected scale as a float or None, got {type(scale).__name__}")
+    return float(scale)
+
+
+def _limits(head_dim: int) -> str | None:
+    return None if head_dim <= MAX_HEAD_DIM else f"expected heads of d ≤ {MAX_HEAD_DIM} channels, got {head_dim}"
 
 
 @torch.library.custom_op("ofb_kernels::masked_attention", mutates_args=())

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ofb.supernet.macs import Macs
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates, attention_candidates, embed_candidates, mlp_candidates
-from ofb_kernels import masked_attention, masked_layer_norm, masked_linear, masked_mlp
+from ofb_kernels import masked_layer_norm, masked_linear, masked_mlp, masked_qkv_attention
 
 NAME = "vit"
 ACTIVATION_LAYERS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "relu": nn.ReLU, "silu": nn.SiLU}
@@ -224,8 +224,8 @@ def _block(
 ) -> Tensor:
     """A pre-norm transformer block with masks; projections into the residual stream carry its mask as well."""
     attn, mlp = block.attn, block.mlp
-    qkv = attn.qkv(_norm(block.norm1, x, norm_mask)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-    attended = masked_attention(qkv, attention_mask, attn.scale)
+    normalized = _norm(block.norm1, x, norm_mask)
+    attended = masked_qkv_attention(normalized, attn.qkv.weight, attn.qkv.bias, attention_mask, attn.scale)
     if residual_mask is None:
         attended, fc2_weight, fc2_bias = attn.proj(attended), mlp.fc2.weight, mlp.fc2.bias
     else:
