@@ -81,10 +81,10 @@ def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
 
 
 def run_train(config: TrainConfig) -> None:
-    config = _open_run("train", config)
+    config = _with_run_folder("train", config)
     model = _starting_model(config)
     loaders = create_loaders(config, model, pick_device(config))
-    with _resumable("train", config):
+    with _run("train", config):
         model = ofb.train(model, loaders.train, loaders.val, config)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
         print(f"test  {_shown(ofb.evaluate(model, loaders.test, config))}")
@@ -92,13 +92,13 @@ def run_train(config: TrainConfig) -> None:
 
 
 def run_search(config: SearchConfig) -> None:
-    config = _open_run("search", config)
-    if config.checkpoint is None and not config.pretrained:
-        print("note: neither --checkpoint nor --pretrained is given: the search starts from random weights")
+    config = _with_run_folder("search", config)
     dense = _starting_model(config)
     loaders = create_loaders(config, dense, pick_device(config))
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
-    with _resumable("search", config):
+    if config.checkpoint is None and not config.pretrained:
+        print("note: neither --checkpoint nor --pretrained is given: the search starts from random weights")
+    with _run("search", config):
         compressed = ofb.search(supernet, loaders.train, loaders.val, config)
         ofb.save(compressed, Path(config.output) / EXPORT_FOLDER)
         networks = {"dense": dense, "compressed": compressed}
@@ -127,19 +127,27 @@ COMMANDS = {
 }
 
 
-def _open_run(command: str, config: TrainingConfig) -> TrainingConfig:
-    """The config with its run folder settled; the folder is new and empty, or the run is resumed."""
-    import yaml
-
-    if config.resume:
-        return config
+def _with_run_folder(command: str, config: TrainingConfig) -> TrainingConfig:
+    """The config with its run folder settled: one that is new or empty, unless the run is resumed."""
     start = Path(config.checkpoint).name if config.checkpoint else config.model
     output = config.output or f"runs/{command}-{start}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+    if not config.resume and Path(output).exists() and not (Path(output).is_dir() and not any(Path(output).iterdir())):
         raise ValueError(f"output: expected a new or empty folder, got {output}; add --resume to continue its run")
-    config = dataclasses.replace(config, output=output)
-    write_text(Path(output) / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
-    return config
+    return dataclasses.replace(config, output=output)
+
+
+@contextmanager
+def _run(command: str, config: TrainingConfig) -> Iterator[None]:
+    """Everything a run does to its folder; Ctrl-C says how to carry on."""
+    import yaml
+
+    if not config.resume:
+        text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+        write_text(Path(config.output) / CONFIG_FILE, text)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with: ofb {command} --resume --output {config.output}") from None
 
 
 def _started_with(config: TrainingConfig) -> TrainingConfig:
@@ -164,15 +172,6 @@ def _network_folder(checkpoint: str) -> Path:
     """The folder of a saved network, which for a run is its export folder."""
     folder = Path(checkpoint)
     return folder / EXPORT_FOLDER if (folder / EXPORT_FOLDER).is_dir() else folder
-
-
-@contextmanager
-def _resumable(command: str, config: TrainingConfig) -> Iterator[None]:
-    """Ctrl-C says how to carry on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with: ofb {command} --resume --output {config.output}") from None
 
 
 def _shown(metrics: Mapping[str, float]) -> str:

@@ -4,8 +4,11 @@ Defaults are the recipe of the paper (OFB, CVPR 2024, section 4.1); names are ti
 """
 
 import ast
+import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
+
+from timm.optim import list_optimizers
 
 Config = TypeVar("Config")
 
@@ -143,6 +146,9 @@ class TrainingConfig(RunConfig, DataConfig):
             raise ValueError(f"batch_size: expected an even number, which mixup and cutmix need, got {self.batch_size}")
         if self.resume and self.output is None:
             raise ValueError("resume: expected the run folder as well; add --output FOLDER")
+        if self.opt not in list_optimizers():
+            close = ", ".join(difflib.get_close_matches(self.opt, list_optimizers())) or "adamw"
+            raise ValueError(f"opt: expected a timm optimizer, got {self.opt!r}; did you mean {close}?")
         self.model_options()
 
     def model_options(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
 
 from ofb.engine.config import DataConfig, TrainingConfig
+from ofb.supernet.families import family_of
 
 # Mean and standard deviation of the training digits' pixels, 0 to 1.
 DIGITS_CFG = {"input_size": (1, 8, 8), "mean": (0.305,), "std": (0.377,), "crop_pct": 1.0, "num_classes": 10}
@@ -71,7 +72,7 @@ def create_model(config: TrainingConfig) -> nn.Module:
     What `model_kwargs` says comes first.
 
     Raises:
-        ValueError: no such model, or it does not take these arguments.
+        ValueError: no such model, it does not take these arguments, or no family of this package knows it.
     """
     if not timm.is_model(config.model.split(".")[0]):
         close = difflib.get_close_matches(config.model, timm.list_models(), n=3)
@@ -79,9 +80,11 @@ def create_model(config: TrainingConfig) -> nn.Module:
         raise ValueError(f"model: expected a timm model name, got {config.model!r}{hint}")
     options = _options_of_data(config) | config.model_options()
     try:
-        return timm.create_model(config.model, pretrained=config.pretrained, **options)
+        model = timm.create_model(config.model, pretrained=config.pretrained, **options)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"model: {config.model} cannot be made with {options}: {error}") from error
+    family_of(model)
+    return model
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

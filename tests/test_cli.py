@@ -1,0 +1,151 @@
+"""The command line as a user meets it: a whole run, and every mistake told in one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ofb
+from ofb.cli import main
+from ofb.supernet.families import count_macs
+
+MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=1 num_heads=2 --device cpu"
+TRAIN = f"train {MODEL} --batch-size 128 --epochs 2 --lr 2e-3"
+SEARCH = "search --batch-size 128 --epochs 3 --finetune-epochs 1 --lr 1e-3 --architecture-lr 0.3 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("runs") / "dense")
+    assert main([*TRAIN.split(), "--output", folder]) == 0
+    return folder
+
+
+def run(command: str, *more: str) -> int:
+    return main([*command.split(), *more])
+
+
+def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
+    folder = tmp_path / "search"
+    assert run(SEARCH, "--checkpoint", dense_run, "--target", "60%", "--output", str(folder)) == 0
+    shown = capsys.readouterr().out
+    assert "satisfiable: yes" in shown and "top-1 %" in shown and f"run folder: {folder}" in shown
+    assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("dense")
+    found = {path.name for path in folder.iterdir()}
+    assert found == {"config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "export"}
+    share = count_macs(ofb.load(folder / "export")) / count_macs(ofb.load(f"{dense_run}/export"))
+    assert 0.588 <= share <= 0.6
+
+    assert run("evaluate", str(folder)) == 0
+    evaluated = capsys.readouterr().out
+    assert evaluated.startswith("test  top-1 ")
+    assert run("evaluate", str(folder / "export"), "--split", "val") == 0
+    assert capsys.readouterr().out.startswith("val  top-1 ")
+
+    assert run("export", str(folder), "--onnx", str(tmp_path / "model.onnx")) == 0
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+
+
+def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
+    before = ofb.load(f"{dense_run}/export").state_dict()
+    assert run("train --resume", "--output", dense_run) == 0  # model and recipe come from the run folder
+    after = ofb.load(f"{dense_run}/export").state_dict()
+    assert all((after[name] == tensor).all() for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("fly", "command: expected one of search, train, evaluate, export, got 'fly'"),
+        ("search --target 3%", "target: expected between"),
+        ("search --target half", "target: expected MACs such as"),
+        ("train --model vit_tinny_patch16_224", "model: expected a timm model name, got 'vit_tinny_patch16_224'"),
+        ("search --model vit_tiny_patch16_224 --model-kwargs depth=1 global_pool=avg", "model: cannot be searched"),
+        ("train --device gpu", "device: expected one of this machine"),
+        ("train --resume --output no/such/run", "resume: expected a run folder with config.yaml, got no/such/run"),
+        ("search --checkpoint no/such/network", "found no config.json"),
+        ("evaluate no/such/network", "found no config.json"),
+        ("export no/such/network", "found no config.json"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = MODEL.split() if command.startswith("search --target") else []
+    assert main([*command.split(), *small]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ofb: ") and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert not (tmp_path / "runs").exists(), "a command that never started leaves no run folder"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --epoch 3", "--epochs"),
+        ("train --lr fast", "--lr"),
+        ("train --epochs 0", "epochs: expected at least 1, got 0"),
+        ("train --opt adamm", "opt: expected a timm optimizer, got 'adamm'; did you mean adam"),
+        ("train --data imagenet", "data: expected `digits`, a timm data set with a prefix"),
+        ("train --resume", "resume: expected the run folder as well; add --output FOLDER"),
+        ("evaluate", "A run folder, or its export folder"),
+    ],
+)
+def test_wrong_options(command, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(command)
+    assert stop.value.code == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in error and "Traceback" not in error
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError, match="found no config.json"):
+        run("evaluate no/such/network --debug")
+
+
+def test_a_run_is_not_overwritten(dense_run, capsys):
+    assert run(TRAIN, "--output", dense_run) == 2
+    assert "output: expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_resuming_with_another_option(dense_run, capsys):
+    assert run("train --resume --epochs 5", "--output", dense_run) == 2
+    assert "epochs: the run in" in capsys.readouterr().err
+
+
+def test_damaged_network(dense_run, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert run("evaluate", str(tmp_path)) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_usage(arguments, capsys):
+    assert main(arguments) == (0 if arguments else 2)
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("search", "train", "evaluate", "export"))
+
+
+def test_interrupt_leaves_a_run_to_resume(tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "ofb",
+        *TRAIN.replace("--epochs 2", "--epochs 400").split(),
+        "--output",
+        str(folder),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoints" / "train.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.strip() == f"ofb: interrupted; continue with: ofb train --resume --output {folder}"
+    assert ofb.engine.checkpoint.load_checkpoint(folder / "checkpoints" / "train.pt")["epoch"] >= 1

@@ -1,0 +1,126 @@
+"""Dense training: it learns, delivers its best epoch, and a resumed run equals an uninterrupted one."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import ofb
+from ofb.engine.config import RunConfig, TrainConfig
+from ofb.engine.train import pick_device, set_drop_path
+from tests.common import tiny_vit
+
+OPTIONS = {"epochs": 4, "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0.5, "model_ema": True, "device": "cpu"}
+
+
+@pytest.fixture
+def loaders():
+    """Five classes of noise images, told apart by their brightness in the middle."""
+    targets = torch.arange(64) % 5
+    images = 0.3 * torch.randn(64, 3, 16, 16)
+    images[:, :, 4:12, 4:12] += targets[:, None, None, None] / 2 - 1
+    data = TensorDataset(images, targets)
+    return DataLoader(data, 16, shuffle=True, drop_last=True), DataLoader(data, 32)
+
+
+def fresh_model():
+    torch.manual_seed(0)
+    return tiny_vit(embed_dim=16, depth=1)
+
+
+def interrupt_after(monkeypatch, module, epochs: int):
+    """Ctrl-C in the middle of an epoch, after `epochs` whole ones."""
+    run_epoch, count = module.run_epoch, 0
+
+    def interrupted(loader, loss_of, optimization, stepped, journal, title):
+        nonlocal count
+        count += 1
+        if count <= epochs:
+            return run_epoch(loader, loss_of, optimization, stepped, journal, title)
+        calls = iter(range(2))
+
+        def loss_then_interrupt(images, targets):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return loss_of(images, targets)
+
+        return run_epoch(loader, loss_then_interrupt, optimization, stepped, journal, title)
+
+    monkeypatch.setattr(module, "run_epoch", interrupted)
+
+
+def assert_same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_training_learns(loaders):
+    model = ofb.train(
+        fresh_model(), *loaders, TrainConfig(**OPTIONS | {"epochs": 60, "lr": 5e-3, "mixup": 0.0, "cutmix": 0.0})
+    )
+    assert ofb.evaluate(model, loaders[1])["top1"] > 90
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_resumed_equals_uninterrupted(loaders, tmp_path, monkeypatch, amp):
+    options = OPTIONS | {"amp": amp}
+    straight = ofb.train(fresh_model(), *loaders, TrainConfig(**options, output=str(tmp_path / "straight")))
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, ofb.engine.train, 2)
+        with pytest.raises(KeyboardInterrupt):
+            ofb.train(fresh_model(), *loaders, TrainConfig(**options, output=str(tmp_path / "resumed")))
+    torch.manual_seed(1)  # nothing of the process that was interrupted is left
+    model = tiny_vit(embed_dim=16, depth=1)
+    resumed = ofb.train(model, *loaders, TrainConfig(**options, output=str(tmp_path / "resumed"), resume=True))
+    assert_same_weights(resumed, straight)
+    metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("straight", "resumed")]
+    assert metrics[0] == metrics[1]
+    assert [json.loads(line)["epoch"] for line in metrics[0].splitlines()] == [0, 1, 2, 3]
+
+
+def test_best_epoch_is_delivered(loaders, tmp_path):
+    config = TrainConfig(**OPTIONS | {"lr": 3e-2, "output": str(tmp_path)})
+    model = ofb.train(fresh_model(), *loaders, config)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ofb.evaluate(model, loaders[1])["top1"] == max(entry["val_top1"] for entry in entries)
+
+
+def test_resuming_with_other_options(loaders, tmp_path):
+    ofb.train(fresh_model(), *loaders, TrainConfig(**OPTIONS | {"epochs": 1}, output=str(tmp_path)))
+    with pytest.raises(ValueError, match="epochs: the run in .* was started with 1, got 4"):
+        ofb.train(fresh_model(), *loaders, TrainConfig(**OPTIONS, output=str(tmp_path), resume=True))
+
+
+def test_loss_that_is_not_finite(loaders):
+    model = fresh_model()
+    with torch.no_grad():
+        model.head.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss is not finite in epoch 1/4; lower the learning rate"):
+        ofb.train(model, *loaders, TrainConfig(**OPTIONS))
+
+
+def test_evaluate_counts_every_image(loaders):
+    model = fresh_model().eval()
+    images, targets = loaders[1].dataset.tensors
+    logits = model(images).detach()
+    metrics = ofb.evaluate(model, DataLoader(loaders[1].dataset, 7))  # 64 is no multiple of 7
+    assert metrics["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item(), abs=1e-4)
+    assert metrics["top5"] == pytest.approx(100)
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+def test_no_such_device():
+    with pytest.raises(ValueError, match="device: expected one of this machine such as cpu, got 'gpu'"):
+        pick_device(RunConfig(device="gpu"))
+
+
+def test_drop_path_grows_over_the_blocks():
+    model = tiny_vit(depth=3)
+    set_drop_path(model, 0.2)
+    assert isinstance(model.blocks[0].drop_path1, torch.nn.Identity)
+    assert [round(block.drop_path2.drop_prob, 6) for block in model.blocks[1:]] == [0.1, 0.2]
+    set_drop_path(model, 0.0)
+    assert all(isinstance(block.drop_path1, torch.nn.Identity) for block in model.blocks)
