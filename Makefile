@@ -7,8 +7,10 @@ STAMP := .venv/.installed
 OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm local_norm \
 	dispatch nn supernet,tests/test_$(module).py)
 
-DEMO_MODEL := --model vit_tiny_patch16_224 \
-	--model-kwargs img_size=8 patch_size=2 in_chans=1 num_classes=10 embed_dim=96 depth=6 num_heads=3
+DEMO := --batch-size 64 --drop-path 0 --mixup 0 --cutmix 0
+DEMO_DENSE := --model vit_tiny_patch16_224 --model-kwargs embed_dim=96 depth=4 num_heads=4 --epochs 100 --lr 2e-3
+DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 --architecture-lr 0.02 \
+	--finetune-epochs 40 --finetune-lr 1e-3 --layer-decay None --no-model-ema
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test bench gpu gpu-test gpu-bench
@@ -25,8 +27,8 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)  ## train, search and export a small ViT on real images: under 5 minutes on two cores
 	rm -rf runs/demo-dense runs/demo
-	$(BIN)/ofb train --output runs/demo-dense $(DEMO_MODEL)
-	$(BIN)/ofb search --output runs/demo --checkpoint runs/demo-dense/export --target 50%
+	$(BIN)/ofb train --output runs/demo-dense $(DEMO) $(DEMO_DENSE)
+	$(BIN)/ofb search --output runs/demo --checkpoint runs/demo-dense $(DEMO) $(DEMO_SEARCH)
 
 test: $(STAMP)  ## lint and every test: under 12 minutes on two cores
 	$(BIN)/ruff check .
@@ -41,5 +43,5 @@ gpu-test:  ## the op tests on real kernels
 	$(PYTHON) -m pytest -q $(OP_TESTS)
 
 gpu-bench:  ## the op and step benchmarks, as CSV under benchmarks/results
-	$(PYTHON) -m benchmarks.ops --device cuda
+	$(PYTHON) -m benchmarks.ops --device cuda --quick
 	$(PYTHON) -m benchmarks.step --device cuda
