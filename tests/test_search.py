@@ -1,0 +1,126 @@
+"""The search as a whole: it resumes as if never interrupted, meets its target and keeps the accuracy on real images."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import ofb
+from ofb.engine.config import SearchConfig, TrainConfig
+from ofb.engine.data import create_loaders, create_model
+from ofb.engine.search import describe_choices, describe_reach, make_supernet
+from ofb.engine.train import seed_everything
+from ofb.supernet.families import count_macs
+from tests.common import tiny_vit
+from tests.test_train import assert_same_weights, interrupt_after
+
+OPTIONS = {
+    "epochs": 4,
+    "finetune_epochs": 3,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "finetune_lr": 1e-3,
+    "architecture_lr": 0.3,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def loaders():
+    data = TensorDataset(torch.randn(64, 3, 16, 16), torch.arange(64) % 5)
+    return DataLoader(data, 16, shuffle=True, drop_last=True), DataLoader(data, 32)
+
+
+def fresh_supernet(config: SearchConfig, seed=0) -> ofb.Supernet:
+    torch.manual_seed(seed)
+    return make_supernet(tiny_vit(), config, steps_per_epoch=4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "epochs"), [("search", ofb.engine.search, 2), ("finetune", ofb.engine.train, 1)]
+)
+def test_resumed_equals_uninterrupted(loaders, tmp_path, monkeypatch, stage, module, epochs):
+    config = SearchConfig(**OPTIONS, output=str(tmp_path / "straight"))
+    supernet = fresh_supernet(config)
+    straight = ofb.search(supernet, *loaders, config)
+    config = SearchConfig(**OPTIONS, output=str(tmp_path / "resumed"))
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, module, epochs)
+        with pytest.raises(KeyboardInterrupt):
+            ofb.search(fresh_supernet(config), *loaders, config)
+    interrupted = json.loads((tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (interrupted["stage"], interrupted["epoch"]) == (stage, epochs - 1)
+    if stage == "search":  # candidates have died by then: the state to load has other shapes than a fresh supernet
+        assert interrupted["alive"] < sum(fresh_supernet(config).alive_candidates().values())
+    config = SearchConfig(**OPTIONS, output=str(tmp_path / "resumed"), resume=True)
+    other = fresh_supernet(config, seed=1)
+    resumed = ofb.search(other, *loaders, config)
+    assert_same_weights(resumed, straight)
+    assert other.choices == supernet.choices
+    metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("straight", "resumed")]
+    assert metrics[0] == metrics[1]
+
+
+def test_search_without_a_run_folder_or_fine_tuning(loaders):
+    config = SearchConfig(**OPTIONS | {"finetune_epochs": 0})
+    supernet = fresh_supernet(config)
+    model = ofb.search(supernet, *loaders, config)
+    assert supernet.finished
+    assert 0.98 * supernet.target_macs <= count_macs(model) <= supernet.target_macs
+
+
+def test_mixed_precision(loaders):
+    config = SearchConfig(**OPTIONS | {"epochs": 2, "finetune_epochs": 1, "amp": True})
+    model = ofb.search(fresh_supernet(config), *loaders, config)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_supernet_of_another_length(loaders):
+    config = SearchConfig(**OPTIONS)
+    with pytest.raises(ValueError, match="supernet: expected one for 4 epochs of 4 steps, got one for 8 steps"):
+        ofb.search(ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4), *loaders, config)
+
+
+def test_target_out_of_reach():
+    with pytest.raises(ValueError, match="target: expected between .*got .*1.0%.*; choose one within"):
+        fresh_supernet(SearchConfig(**OPTIONS, target="1%"))
+
+
+def test_reach_and_choices_in_words():
+    supernet = fresh_supernet(SearchConfig(**OPTIONS))
+    assert "(50%)" in describe_reach(supernet) and describe_reach(supernet).endswith("satisfiable: yes")
+    supernet.finalize()
+    words = describe_choices(supernet)
+    assert all(name in words for name in supernet.bimasks)
+    assert f"{len(supernet.bimasks)} of {len(supernet.bimasks)} were still open at the end" in words
+
+
+DIGITS_MODEL = ("embed_dim=64", "depth=3", "num_heads=4")
+DIGITS = {"batch_size": 64, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "device": "cpu"}
+# Test accuracies measured for seeds 0, 1, 2: 95.67, 91.67, 94.67 (the dense network, trained for 40 epochs: 88.00).
+WORST_MEASURED, SLACK = 91.67, 3.0
+
+
+@pytest.fixture(scope="module")
+def dense_digits():
+    """A small dense network trained on the digits, and its loaders."""
+    config = TrainConfig(**DIGITS, epochs=40, lr=2e-3, model="vit_tiny_patch16_224", model_kwargs=DIGITS_MODEL)
+    seed_everything(0, "model", 0)
+    model = create_model(config)
+    loaders = create_loaders(config, model, torch.device("cpu"))
+    model = ofb.train(model, loaders.train, loaders.val, config)
+    return model, loaders
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_digits_at_half_the_macs(dense_digits, seed):
+    dense, loaders = dense_digits
+    options = {"epochs": 25, "lr": 1e-3, "architecture_lr": 0.02, "finetune_epochs": 25, "finetune_lr": 1e-3}
+    config = SearchConfig(**DIGITS, **options, layer_decay=None, model_ema=False, target="50%", seed=seed)
+    supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
+    compressed = ofb.search(supernet, loaders.train, loaders.val, config)
+    assert 0.98 * supernet.target_macs <= count_macs(compressed) <= supernet.target_macs
+    top1 = ofb.evaluate(compressed, loaders.test, config)["top1"]
+    assert top1 >= WORST_MEASURED - SLACK
