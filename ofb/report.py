@@ -11,6 +11,7 @@ from torch import nn
 from ofb.engine.data import data_config
 from ofb.export import count_params
 from ofb.supernet.families import count_macs
+from ofb.supernet.macs import readable
 
 WARMUP_RUNS, TIMED_RUNS = 10, 100
 
@@ -46,16 +47,9 @@ def comparison_table(networks: Mapping[str, Mapping[str, float]]) -> str:
     first = next(iter(networks.values()))
     rows = [("", "top-1 %", "MACs", "params", "CPU ms")]
     for name, network in networks.items():
-        shares = (f"{_amount(network[key])} ({network[key] / first[key]:.0%})" for key in ("macs", "params"))
+        shares = (f"{readable(network[key])} ({network[key] / first[key]:.0%})" for key in ("macs", "params"))
         latency = f"{network['latency_ms']:.2f} ({network['latency_ms'] / first['latency_ms']:.0%})"
         rows.append((name, f"{network['top1']:.2f}", *shares, latency))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _amount(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:g}"

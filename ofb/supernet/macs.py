@@ -31,3 +31,11 @@ class Macs:
         return width * self.fixed + sum(
             sizes[name] * (width * per_width + constant) for name, (per_width, constant) in self.per_unit.items()
         )
+
+
+def readable(amount: float) -> str:
+    """Three digits and a letter: 4.6 G, 86.6 M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if amount >= size:
+            return f"{amount / size:.3g} {letter}"
+    return f"{amount:g}"

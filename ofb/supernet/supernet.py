@@ -14,6 +14,7 @@ from ofb.supernet.bimask import BiMask
 from ofb.supernet.budget import TOLERANCE, choose_sizes, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.losses import classification_loss, macs_loss, reconstruction_loss
+from ofb.supernet.macs import readable
 from ofb.supernet.pruning import Coupling, keep_units
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb_kernels import use_backend
@@ -333,14 +334,14 @@ class Supernet(nn.Module):
         alive = {name: bimask.alive for name, bimask in self.bimasks.items()}
         if not least <= self.target_macs <= most:
             raise ValueError(
-                f"target: expected between {least / 1e9:.4g} G and {most / 1e9:.4g} G MACs "
+                f"target: expected between {readable(least)} and {readable(most)} MACs "
                 f"({least / self.dense_macs:.1%} to {most / self.dense_macs:.0%} of dense), "
-                f"got {self.target_macs / 1e9:.4g} G ({self.target_macs / self.dense_macs:.1%}); choose one within"
+                f"got {readable(self.target_macs)} ({self.target_macs / self.dense_macs:.1%}); choose one within"
             )
         if self._choose(alive) is None:
             raise ValueError(
                 f"target: no combination of candidate sizes costs within {TOLERANCE:.0%} below "
-                f"{self.target_macs / 1e9:.4g} G MACs; choose a slightly different target"
+                f"{readable(self.target_macs)} MACs; choose a slightly different target"
             )
 
     def _keep_candidates(self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str | None) -> None:
