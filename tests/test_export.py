@@ -56,7 +56,8 @@ def test_extracted_network_runs_without_this_package(pruned, tmp_path):
         "import sys; sys.modules['ofb'] = sys.modules['ofb_kernels'] = None\n"
         "import torch, timm\n"
         f"program = torch.export.load(r'{tmp_path / 'program.pt2'}').module()\n"
-        f"torch.save(program(torch.load(r'{tmp_path / 'images.pt'}')).detach(), r'{tmp_path / 'logits.pt'}')\n"
+        f"images = torch.load(r'{tmp_path / 'images.pt'}', weights_only=True)\n"
+        f"torch.save(program(images).detach(), r'{tmp_path / 'logits.pt'}')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), pruned(images))
