@@ -20,6 +20,7 @@ import ofb_kernels
 from benchmarks.measure import environment, interleave, quantiles, results_folder, write_csv
 
 TOKENS = 197
+BLOCKS = 12
 WIDTHS = {"deit_small": (384, 6), "deit_base": (768, 12)}  # residual width and heads, each of 64 channels
 SDPA_BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -81,10 +82,11 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
 
     for model, (width, heads) in list(WIDTHS.items())[: 1 if quick else None]:
         hidden, head_dim = 4 * width, width // heads
-        counts = tuple(torch.tensor(c, device=device) for c in (range(2, heads + 1, 2), range(16, 65, 8)))
+        counts = (range(2, heads + 1, 2), range(16, 65, 8))
+        counts = tuple(torch.tensor(each, device=device).repeat(BLOCKS, 1) for each in counts)
         yield Case(
-            "bimask", model,
-            {"score": random(heads, head_dim, of=torch.float32), "alpha": mask(heads // 2, 7)},
+            "bimask", f"{model} all attention",
+            {"score": random(BLOCKS, heads, head_dim, of=torch.float32), "alpha": mask(BLOCKS, heads // 2, 7)},
             {"counts": counts, "lam": torch.tensor(0.5, device=device)},
         )  # fmt: skip
         for batch in batches:

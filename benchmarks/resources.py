@@ -82,12 +82,14 @@ def launch_masked_layer_norm(dtype: torch.dtype) -> None:
 def launch_bimask(dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         return  # the op hands its kernels float32 whatever the dtype of the scores
-    for heads, channels, counts in ((6, 64, (3, 7)), (12, 64, (6, 7)), (1, 768, (1, 33)), (1, 3072, (1, 7))):
-        score, alpha, lam, alive = meta(heads, channels), meta(*counts), meta(), meta(*counts, dtype=torch.bool)
-        head_counts, channel_counts = (meta(count, dtype=torch.int64) for count in counts)
-        submodule = score, alpha, head_counts, channel_counts, lam, alive
-        mask, head_rank, channel_rank = bimask.forward(*submodule)
-        bimask.backward(mask, *submodule, head_rank, channel_rank)
+    for stack in ((12, 6, 64, 3, 7), (12, 12, 64, 6, 7), (13, 1, 3072, 1, 33), (12, 1, 3072, 1, 7)):
+        submodules, heads, channels, *counts = stack
+        score, alpha, lam = meta(submodules, heads, channels), meta(submodules, *counts), meta()
+        alive = meta(submodules, *counts, dtype=torch.bool)
+        head_counts, channel_counts = (meta(submodules, count, dtype=torch.int64) for count in counts)
+        arguments = score, alpha, head_counts, channel_counts, lam, alive
+        mask, head_rank, channel_rank = bimask.forward(*arguments)
+        bimask.backward(mask, *arguments, head_rank, channel_rank)
 
 
 def launch_local_norm(dtype: torch.dtype) -> None:

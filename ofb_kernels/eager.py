@@ -17,15 +17,15 @@ def bimask(
     score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor, alive: Tensor
 ) -> Tensor:
     """The sparsity of every rank is one small table, looked up at the units' ranks."""
-    heads, channels = score.shape
-    importance = score.sigmoid()
+    heads, channels = score.shape[1:]
     head_rank, channel_rank = unit_ranks(score)
     p = candidate_probabilities(alpha, alive)
-    keeps_head = _staircase(head_counts, heads, p)  # (H, A)
-    keeps_channel = _staircase(channel_counts, channels, p)  # (d, B)
-    sparsity_of_rank = keeps_head @ p @ keeps_channel.t()  # (H, d)
-    sparsity = sparsity_of_rank[head_rank[:, None], channel_rank]
-    return torch.lerp(sparsity, importance, lam)
+    keeps_head = _staircase(head_counts, heads, p)  # (S, H, A)
+    keeps_channel = _staircase(channel_counts, channels, p)  # (S, d, B)
+    sparsity_of_rank = keeps_head @ p @ keeps_channel.mT  # (S, H, d)
+    sparsity_in_head = sparsity_of_rank.take_along_dim(head_rank[..., None], 1)
+    sparsity = sparsity_in_head.take_along_dim(channel_rank, 2)
+    return torch.lerp(sparsity, score.sigmoid(), lam)
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
@@ -88,46 +88,52 @@ class _MaskedLayerNorm(torch.autograd.Function):
 
     dx = rstd·(g − m ⊙ (c1 + c2·n)),   dw = m ⊙ Σ_rows dy ⊙ n,   db = m ⊙ Σ_rows dy
     dm = w ⊙ Σ_rows dy ⊙ n + b ⊙ Σ_rows dy − Σ_rows (c1·n + ½·c2·(n² − var·rstd²))
+
+    Fresh memory of x's size costs a CPU several passes over memory in use: the forward takes only its output, the
+    backward two buffers, and everything is written over what is no longer needed.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
         share = mask / mask.sum()
-        centered = x - (x @ share)[..., None]
-        rstd = (centered.square() @ share + eps).rsqrt()
-        normalized = centered.mul_(rstd[..., None])
+        mean = (x @ share)[..., None]
+        out = (x - mean).mul_(share.sqrt())  # its norm is the weighted standard deviation
+        rstd = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
+        torch.sub(x, mean, out=out).mul_(rstd).mul_(weight * mask)
+        if bias is not None:
+            out.add_(bias * mask)
         ctx.eps = eps
-        ctx.save_for_backward(normalized, rstd, weight, bias, mask)
-        if bias is None:
-            return normalized * (weight * mask)
-        return torch.addcmul(bias * mask, normalized, weight * mask)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, mask)
+        return out.view(x.shape)  # torch.compile (2.11) gives a result written in place zero gradients, but no view
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        normalized, rstd, weight, bias, mask = ctx.saved_tensors
+        x, mean, rstd, weight, bias, mask = ctx.saved_tensors
         with without_autocast(grad_out):
-            shape, width = normalized.shape, normalized.shape[-1]
-            normalized, grad_out, rstd = normalized.reshape(-1, width), grad_out.reshape(-1, width), rstd.flatten()
+            shape = x.shape
+            x, grad_out, mean, rstd = (t.reshape(-1, t.shape[-1]) for t in (x, grad_out, mean, rstd))
+            normalized = (x - mean).mul_(rstd)
             scale, total = weight * mask, mask.sum()
-            product = grad_out * normalized
-            c1, c2 = grad_out @ scale / total, product @ scale / total
-            grad_scale, grad_shift = product.sum(0), grad_out.sum(0)
-            through_statistics = torch.addcmul(c1[:, None], c2[:, None], normalized)
+            buffer = grad_out * normalized
+            c1, c2 = grad_out @ scale / total, buffer @ scale / total
+            grad_scale, grad_shift = buffer.sum(0), grad_out.sum(0)
+            through_statistics = torch.mul(normalized, c2[:, None], out=buffer).add_(c1[:, None])
             # Σ_rows (c1·n + ½·c2·n²) = ½·Σ_rows n ⊙ (c1 + (c1 + c2·n)), and var·rstd² = 1 − eps·rstd²
-            products = torch.mul(normalized, through_statistics, out=product).sum(0) + c1 @ normalized
-            grad_mask = weight * grad_scale - 0.5 * (products - c2 @ (1 - ctx.eps * rstd.square()))
+            products = c1 @ normalized + normalized.mul_(through_statistics).sum(0)
+            grad_mask = weight * grad_scale - 0.5 * (products - c2 @ (1 - ctx.eps * rstd[:, 0].square()))
             if bias is not None:
                 grad_mask += bias * grad_shift
-            grad_x = through_statistics.mul_(-mask).addcmul_(grad_out, scale).mul_(rstd[:, None])
+            grad_x = torch.mul(grad_out, scale, out=normalized)
+            grad_x.addcmul_(through_statistics, mask, value=-1).mul_(rstd)
         grad_bias = None if bias is None else mask * grad_shift
-        return grad_x.reshape(shape), mask * grad_scale, grad_bias, grad_mask, None
+        return grad_x.view(shape), mask * grad_scale, grad_bias, grad_mask, None
 
 
 def _staircase(counts: Tensor, units: int, like: Tensor) -> Tensor:
-    """(units, len(counts)): 1 where the rank lies below the count."""
+    """(S, units, K) for counts (S, K): 1 where the rank lies below the count."""
     rank = torch.arange(units, device=like.device)
-    return (rank[:, None] < counts).to(like.dtype)
+    return (rank[:, None] < counts[:, None]).to(like.dtype)
 
 
 def _averaging_matrix(size: int, window: int, like: Tensor) -> tuple[Tensor, Tensor]:

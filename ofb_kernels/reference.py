@@ -22,34 +22,37 @@ HEAD_IMPORTANCE_UNIT = 2**30
 
 def ranks(importance: Tensor) -> Tensor:
     """Rank of each entry along the last dimension, the largest first, equal entries by index."""
-    return importance.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    order = importance.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def unit_ranks(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks (H,) of the heads by Σ_channels S, and ranks (H, d) of the channels inside each head by s."""
+    """Ranks (…, H) of the heads by Σ_channels S, and ranks (…, H, d) of the channels inside each head by s."""
     # In float64: on a CPU the last bit of a float32 sigmoid depends on where in memory its argument stands.
-    head_importance = (score.double().sigmoid() * HEAD_IMPORTANCE_UNIT).long().sum(1)
+    head_importance = (score.double().sigmoid() * HEAD_IMPORTANCE_UNIT).long().sum(-1)
     return ranks(head_importance), ranks(score)
 
 
 def candidate_probabilities(alpha: Tensor, alive: Tensor) -> Tensor:
-    """Softmax of the architecture logits over all alive candidates together, 0 for the others."""
-    return alpha.masked_fill(~alive, -torch.inf).flatten().softmax(0).view_as(alpha)
+    """Softmax of the architecture logits (…, A, B) over all alive candidates together, 0 for the others."""
+    return alpha.masked_fill(~alive, -torch.inf).flatten(-2).softmax(-1).view(alpha.shape)
 
 
 def bimask(
     score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor, alive: Tensor
 ) -> Tensor:
-    """m = λ·S + (1 − λ)·V for score (H, d), alpha and alive (A, B), head_counts (A,), channel_counts (B,).
+    """m = λ·S + (1 − λ)·V of S submodules at once.
 
-    A submodule without heads is the case H = 1, A = 1.
+    score (S, H, d), alpha and alive (S, A, B), head_counts (S, A), channel_counts (S, B). A submodule without heads
+    is the case H = 1, A = 1.
     """
     importance = score.sigmoid()
     head_rank, channel_rank = unit_ranks(score)
-    keeps_head = head_rank[:, None] < head_counts  # (H, A)
-    keeps_channel = channel_rank[..., None] < channel_counts  # (H, d, B)
+    keeps_head = head_rank[..., None] < head_counts[:, None]  # (S, H, A)
+    keeps_channel = channel_rank[..., None] < channel_counts[:, None, None]  # (S, H, d, B)
     p = candidate_probabilities(alpha, alive)
-    sparsity = torch.einsum("ha,ab,hdb->hd", keeps_head.to(p.dtype), p, keeps_channel.to(p.dtype))
+    sparsity = torch.einsum("sha,sab,shdb->shd", keeps_head.to(p.dtype), p, keeps_channel.to(p.dtype))
     return lam * importance + (1 - lam) * sparsity
 
 

@@ -123,6 +123,75 @@ def test_dead_candidates_count_for_nothing(backend, device):
     assert gradient[1] == 0 and gradient.isfinite().all()
 
 
+def make_stack(sizes, candidates, dtype, device):
+    """Inputs of each submodule alone, and of all filled up to one size."""
+    alone, heads, channels = [], max(h for h, _ in sizes), max(d for _, d in sizes)
+    most = [max(len(counts[i]) for counts in candidates) for i in range(2)]
+    stack = {
+        "score": torch.full((len(sizes), heads, channels), -torch.inf, dtype=dtype, device=device),
+        "alpha": torch.randn(len(sizes), *most, dtype=dtype, device=device),
+        "alive": torch.zeros(len(sizes), *most, dtype=torch.bool, device=device),
+        "counts": tuple(torch.zeros(len(sizes), k, dtype=torch.int64, device=device) for k in most),
+    }
+    for i, ((h, d), counts) in enumerate(zip(sizes, candidates, strict=True)):
+        grid = tuple(map(len, counts))
+        inputs = make_inputs(h, d, dtype, device, grid) | {"counts": counts}
+        inputs["alive"] = torch.rand(grid, device=device) < 0.8
+        inputs["alive"][-1, -1] = True
+        stack["score"][i, :h, :d] = inputs["score"]
+        stack["alpha"][i, : grid[0], : grid[1]] = inputs["alpha"]
+        stack["alive"][i, : grid[0], : grid[1]] = inputs["alive"]
+        for padded, each in zip(stack["counts"], counts, strict=True):
+            padded[i, : len(each)] = torch.tensor(each)
+        alone.append(inputs)
+    return alone, stack | {"lam": alone[0]["lam"]}
+
+
+SIZES = [(3, 10), (2, 24), (1, 7)]
+CANDIDATES = [([1, 3], [5, 7, 10]), ([2], [6, 24]), ([1], [1, 2, 3, 7])]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_stack_of_submodules_matches_float64(backend, dtype, device):
+    _, stack = make_stack([(3, 24)] * 3, [([1, 3], [5, 24]), ([2, 3], [6, 20]), ([1, 2], [1, 9])], dtype, device)
+    options = {"counts": stack.pop("counts"), "alive": stack.pop("alive")}
+    check_op(bimask, stack, options, backend, reduction=3 * 24)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_submodule_of_a_stack_as_alone(backend, device):
+    alone, stack = make_stack(SIZES, CANDIDATES, torch.float32, device)
+    score, alpha = stack["score"].requires_grad_(), stack["alpha"].requires_grad_()
+    mask = bimask(**stack, backend=backend)
+    cotangent = torch.randn_like(mask)
+    grad_score, grad_alpha = torch.autograd.grad(mask, [score, alpha], cotangent)
+    assert grad_score.isfinite().all() and grad_alpha.isfinite().all()
+    for i, ((heads, channels), inputs) in enumerate(zip(SIZES, alone, strict=True)):
+        inputs |= {"lam": stack["lam"]}
+        leaves = [inputs[name].requires_grad_() for name in ("score", "alpha")]
+        expected = bimask(**inputs, backend=backend)
+        gradients = torch.autograd.grad(expected, leaves, cotangent[i, :heads, :channels])
+        rows, columns = inputs["alpha"].shape
+        torch.testing.assert_close(mask[i, :heads, :channels], expected)
+        torch.testing.assert_close(grad_score[i, :heads, :channels], gradients[0])
+        torch.testing.assert_close(grad_alpha[i, :rows, :columns], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": ([1, 3], [5, 7])}, r"expected head counts as an int64 tensor for a score \(S, H, d\)"),
+        ({"counts": (torch.ones(2).long(), torch.ones(3, 4).long())}, r"head counts .* of shape \(3, any number\)"),
+        ({"alpha": torch.rand(3, 2, 5)}, r"expected alpha of shape \(3, 2, 4\), got \(3, 2, 5\)"),
+        ({"alive": torch.ones(3, 2, 4).bool().index_fill(0, torch.tensor(1), False)}, "candidate of each submodule"),
+    ],
+)
+def test_bad_stack(change, message):
+    _, stack = make_stack(SIZES, CANDIDATES, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=message):
+        bimask(**stack | change)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lam_1_is_importance_and_lam_0_sparsity(backend, device):
     inputs = make_inputs(3, 10, torch.float32, device, (2, 3))
@@ -258,19 +327,24 @@ def test_compiles_to_one_graph(backend, lam, device):
 
 def test_opcheck(device):
     score, alpha, lam = (t.requires_grad_() for t in make_inputs(4, 10, torch.float32, device, (2, 2)).values())
-    counts = torch.tensor([2, 4], device=device), torch.tensor([5, 10], device=device)
-    alive = torch.ones(2, 2, dtype=torch.bool, device=device)
+    score, alpha = (tensor.detach()[None].requires_grad_() for tensor in (score, alpha))
+    counts = torch.tensor([[2, 4]], device=device), torch.tensor([[5, 10]], device=device)
+    alive = torch.ones(1, 2, 2, dtype=torch.bool, device=device)
     torch.library.opcheck(torch.ops.ofb_kernels.bimask.default, (score, alpha, *counts, lam, alive))
     score, alpha, lam = score.detach(), alpha.detach(), lam.detach()
     _, *both_ranks = torch.ops.ofb_kernels.bimask(score, alpha, *counts, lam, alive)
-    arguments = (torch.randn(4, 10, device=device), score, alpha, *counts, lam, alive, *both_ranks)
+    arguments = (torch.randn(1, 4, 10, device=device), score, alpha, *counts, lam, alive, *both_ranks)
     torch.library.opcheck(torch.ops.ofb_kernels.bimask_backward.default, arguments)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"score": torch.rand(2, 3, 4)}, ValueError, r"expected score of shape \(d,\) or \(H, d\), got \(2, 3, 4\)"),
+        (
+            {"score": torch.rand(2, 3, 4, 5)},
+            ValueError,
+            r"or \(S, H, d\), got \(2, 3, 4, 5\)",
+        ),
         ({"score": torch.rand(4, 0)}, ValueError, "expected channel counts ascending within 1 … 0 units"),
         ({"score": torch.ones(4, 10).long()}, TypeError, "expected score as a floating-point tensor, got torch.int64"),
         ({"alpha": None}, TypeError, "expected alpha as a torch.Tensor, got NoneType"),
@@ -286,7 +360,11 @@ def test_opcheck(device):
         ({"counts": ([0, 4], [5, 10])}, ValueError, r"expected head counts ascending within 1 … 4 units, got \[0, 4\]"),
         ({"counts": ([2, 4], [5, 11])}, ValueError, r"expected channel counts ascending within 1 … 10 units"),
         ({"counts": ([2, 4.0], [5, 10])}, ValueError, r"expected head counts as a sequence of ints, got \[2, 4.0\]"),
-        ({"counts": (torch.ones(2), [5, 10])}, ValueError, "expected head counts as ints or .* got torch.float32"),
+        (
+            {"counts": (torch.ones(2), [5, 10])},
+            ValueError,
+            "int64 tensor of shape .any number. .* got torch.float32",
+        ),
         ({"counts": (torch.ones(3).long(), [5, 10])}, ValueError, r"expected alpha of shape \(3, 2\), got \(2, 2\)"),
         ({"counts": (torch.ones(2, device="meta").long(), [5, 10])}, ValueError, "expected head counts .* on meta"),
         ({"lam": 1.1}, ValueError, r"expected lam in \[0, 1\], got 1.1"),
@@ -296,7 +374,11 @@ def test_opcheck(device):
         ({"lam": torch.tensor(1)}, ValueError, "expected lam as a float or a 0-d tensor .* got torch.int64"),
         ({"lam": torch.tensor(0.5, device="meta")}, ValueError, "expected lam as a float or a 0-d tensor .* on meta"),
         ({"lam": "0.5"}, TypeError, "expected lam as a float or a 0-d tensor, got str"),
-        ({"alive": torch.zeros(2, 2).bool()}, ValueError, "expected alive with at least one candidate, got none"),
+        (
+            {"alive": torch.zeros(2, 2).bool()},
+            ValueError,
+            "at least one candidate of each submodule",
+        ),
         ({"alive": torch.ones(2, 2)}, TypeError, "expected alive as a bool tensor, got torch.float32"),
         ({"alive": torch.ones(4).bool()}, ValueError, r"expected alive of shape \(2, 2\), got \(4,\)"),
         ({"alive": torch.ones(2, 2, device="meta").bool()}, ValueError, "expected alive on cpu, got meta"),

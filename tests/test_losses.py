@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb.supernet import adaptive_one_hot_loss
-from ofb.supernet.losses import classification_loss, macs_loss, reconstruction_loss
+from ofb.supernet.losses import classification_loss, macs_loss, one_hot_losses, reconstruction_loss
 from ofb_kernels import local_norm
 
 
@@ -90,15 +90,24 @@ def test_macs_loss():
     assert macs_loss(torch.tensor(3e9), 2e9, 4e9) == pytest.approx(1 / 16)
 
 
+def test_losses_of_a_stack():
+    alpha, alive = torch.randn(3, 7), torch.ones(3, 7, dtype=torch.bool)
+    alive[1, 4:] = alive[2, 1:] = False
+    losses = one_hot_losses(alpha, alive)
+    expected = [adaptive_one_hot_loss(alpha[0]), adaptive_one_hot_loss(alpha[1, :4]), torch.zeros(())]
+    torch.testing.assert_close(losses, torch.stack(expected))
+
+
 def test_reconstruction_counts_masked_pixels_only():
-    images = torch.randn(2, 3, 8, 8)
-    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
-    mask[0, 1, 2] = mask[1, 3, 0] = True
+    images = torch.randn(2, 3, 8, 12)  # 4 × 6 patches
     reconstruction = torch.randn_like(images)
     error = (reconstruction - local_norm(images)).abs()
     expected = torch.cat([error[0, :, 2:4, 4:6].flatten(), error[1, :, 6:8, 0:2].flatten()]).mean()
-    decoded = F.pixel_unshuffle(reconstruction, 2)  # what the decoder gives before its pixel shuffle
-    torch.testing.assert_close(reconstruction_loss(decoded, images, mask), expected)
+    decoded = F.pixel_unshuffle(reconstruction, 2).flatten(2).mT  # what the decoder gives before its pixel shuffle
+    patches = torch.tensor([[8, 3], [18, 0]])
+    drawn = decoded.take_along_dim(patches[..., None], 1)
+    loss = reconstruction_loss(drawn, images, patches, torch.tensor([True, False]), patch_size=2)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_classification_takes_indices_and_probabilities():

@@ -39,11 +39,13 @@ def test_distilled_and_uneven_blocks():
     assert count_macs(model) == counted_by_torch(model)
 
 
-def test_total_of_expected_sizes_is_differentiable_and_exact():
+def test_expected_macs_are_differentiable_and_exact():
     macs = Macs(fixed=100, per_unit={"attn0": (8, 32), "mlp0": (4, 0)})
     assert macs.total({"embed": 10, "attn0": 6, "mlp0": 20}) == 1000 + 6 * 112 + 20 * 40
     p = torch.tensor([0.25, 0.75], dtype=torch.float64, requires_grad=True)
-    expected = macs.total({"embed": torch.tensor(10.0), "attn0": (p * torch.tensor([2.0, 6.0])).sum(), "mlp0": 20})
+    units = torch.stack([(p * torch.tensor([2.0, 6.0])).sum(), p.new_tensor(10.0), p.new_tensor(20.0)])
+    rates = torch.tensor(macs.rates(["attn0", "embed", "mlp0"]), dtype=torch.float64)
+    expected = macs.expected(units[1], units, rates)
     assert expected.item() == 1000 + (0.25 * 2 + 0.75 * 6) * 112 + 800
     expected.backward()
     assert p.grad.tolist() == [2 * 112, 6 * 112]

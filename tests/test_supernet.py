@@ -57,6 +57,7 @@ def kill_units(supernet, keep_share=0.75) -> dict[str, torch.Tensor]:
         bimask.alive = alive  # V = 0 beyond
         assert (bimask.mask(supernet.lam).flatten()[dropped] == 0).all()
         survivors[name] = alive
+    supernet._build_stacks()
     return survivors
 
 
@@ -187,28 +188,34 @@ def test_no_host_synchronization_between_prunes(residual_mask):
 
 
 class CountCalls(TorchDispatchMode):
+    """Counts the operator calls that compute something; views do not."""
+
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
+        self.calls += not any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
         return func(*args, **(kwargs or {}))
 
 
-def test_calls_do_not_grow_with_candidates():
-    """A mask of many candidates takes as many operator calls as one of few."""
+def test_calls_grow_neither_with_candidates_nor_with_blocks():
+    """Masks, one-hot losses and expected MACs of a whole network, backward included."""
 
-    def calls_of_a_loss(embed_dim):
-        supernet = make_supernet(model_options={"embed_dim": embed_dim, "num_heads": embed_dim // 8})
-        batch = make_batch()
+    def calls(embed_dim, depth):
+        options = {"embed_dim": embed_dim, "num_heads": embed_dim // 8, "depth": depth}
+        supernet = make_supernet(model_options=options)
         with CountCalls() as count:
-            supernet.loss(*batch)
-        return sum(supernet.alive_candidates().values()), count.calls
+            one_hot, macs = supernet._one_hot_loss(), supernet._expected_macs()
+            (one_hot + macs).backward()
+            masks = supernet._masks()
+            torch.autograd.backward(list(masks.values()), [torch.ones_like(mask) for mask in masks.values()])
+        per_submodule = 4 * len(masks)  # the ones just made, and gradients handed to two parameters of each, added up
+        return sum(supernet.alive_candidates().values()), count.calls - per_submodule
 
-    (few, calls), (many, calls_of_many) = calls_of_a_loss(16), calls_of_a_loss(128)
-    assert many > 1.5 * few
-    assert calls_of_many == calls
+    (few, expected), (many, got), (blocks, got_for_blocks) = calls(16, 2), calls(128, 2), calls(16, 6)
+    assert many > 1.5 * few and blocks > 2 * few
+    assert got == got_for_blocks == expected
 
 
 @pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
@@ -221,8 +228,8 @@ def test_step_agrees_with_the_float64_reference(backend, residual_mask, device):
 
     def run(network, dtype):
         torch.manual_seed(0)
-        mask = torch.rand(images.shape[0], 16, device=device) < 0.25
-        network._draw_patch_mask = lambda patches: mask
+        patches, masked = torch.rand(8, 16, device=device).argsort(1)[:, :4], torch.arange(4, device=device) < 3
+        network._draw_patches = lambda embeddings: (patches, masked)
         losses = network.loss(images.to(dtype), targets)
         losses.total.backward()
         return losses, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -246,10 +253,16 @@ def test_every_parameter_learns():
 
 def test_masked_patches_keep_their_share():
     supernet = make_supernet()
-    patches = torch.randn(6, 16, 32)
-    for ratio, expected in [(0.05, 1), (0.25, 4), (0.5, 8)]:
+    embeddings = torch.randn(6, 16, 32)
+    for ratio, expected in [(0.01, 1), (0.15, 3), (0.25, 4)]:
         supernet.patch_ratio.fill_(ratio)
-        assert supernet._draw_patch_mask(patches).sum(1).tolist() == [expected] * 6
+        patches, masked = supernet._draw_patches(embeddings)
+        assert patches.shape == (6, 4)
+        assert all(len(set(row)) == 4 for row in patches.tolist())
+        assert masked.sum() == expected
+        replaced = (supernet._replace(embeddings, patches, masked) == supernet.mask_token).all(2)
+        assert replaced.sum(1).tolist() == [expected] * 6
+        assert all(replaced[i, patches[i, masked]].all() for i in range(6))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

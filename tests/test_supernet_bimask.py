@@ -25,13 +25,6 @@ def test_scores_start_around_their_mean():
     assert 0 <= bimask.alpha.min() and bimask.alpha.max() <= 1
 
 
-def test_expected_units():
-    bimask = BiMask(Candidates((2, 4), (4, 8)))
-    with torch.no_grad():
-        bimask.alpha.copy_(torch.tensor([[0.1, 0.2], [0.3, 0.4]]).log())
-    assert bimask.expected_units().item() == pytest.approx(0.1 * 8 + 0.2 * 16 + 0.3 * 16 + 0.4 * 32)
-
-
 def test_survivors_follow_the_threshold_and_spare_the_likeliest():
     bimask = BiMask(Candidates((1,), (2, 4, 6, 8)))
     with torch.no_grad():

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ofb.supernet.losses import adaptive_one_hot_loss
 from ofb.supernet.pruning import replace_data, reset_moments
 from ofb.supernet.search_space import Candidates
 from ofb_kernels import bimask
@@ -61,15 +60,6 @@ class BiMask(nn.Module):
     def sparsity(self) -> Tensor:
         """V (H, d), all ones once the size is final."""
         return torch.ones_like(self.score).view(self.candidates.full) if self.final else self.mask(0.0)
-
-    def expected_units(self) -> Tensor:
-        """Σ p · size in units; 0-d, differentiable in alpha."""
-        p = candidate_probabilities(self.alpha, self.alive)
-        return (p * (self.head_counts[:, None] * self.channel_counts)).sum()
-
-    def one_hot_loss(self, score_penalty: float) -> Tensor:
-        """Adaptive one-hot loss plus score_penalty · Σ S."""
-        return adaptive_one_hot_loss(self.alpha, self.alive) + score_penalty * self.score.sigmoid().sum()
 
     # What follows reads values back from the device: for pruning events only.
 

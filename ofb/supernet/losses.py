@@ -46,16 +46,21 @@ def adaptive_one_hot_loss(alpha: Tensor, alive: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"adaptive_one_hot_loss: expected alive of alpha's shape {tuple(alpha.shape)}, got {tuple(alive.shape)}"
         )
-    logits = alpha.to(torch.promote_types(alpha.dtype, torch.float32)).masked_fill(~alive, -torch.inf).flatten()
-    log_p = logits.log_softmax(0).clamp(min=LOG_PROBABILITY_FLOOR)
-    p = log_p.exp() * alive.flatten()
-    n = alive.sum()
+    return one_hot_losses(alpha.flatten()[None], alive.flatten()[None])[0]
+
+
+def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
+    """adaptive_one_hot_loss (S,) of S submodules, alpha and alive (S, K); dead candidates fill up a shorter one."""
+    logits = alpha.to(torch.promote_types(alpha.dtype, torch.float32)).masked_fill(~alive, -torch.inf)
+    log_p = logits.log_softmax(1).clamp(min=LOG_PROBABILITY_FLOOR)
+    p = log_p.exp() * alive
+    n = alive.sum(1)
     share = 1 / n
-    entropy = -(p * log_p).sum()
-    sigma = ((p - share).square() * alive.flatten()).sum() / (1 - share).clamp(min=SIGMA_MARGIN)
+    entropy = -(p * log_p).sum(1)
+    sigma = ((p - share[:, None]).square() * alive).sum(1) / (1 - share).clamp(min=SIGMA_MARGIN)
     sigma = sigma.clamp(SIGMA_MARGIN, 1 - SIGMA_MARGIN)
-    loss = entropy + share * torch.tan(math.pi / 2 - math.pi * sigma)
-    return torch.where(n > 1, loss, torch.zeros_like(loss))
+    losses = entropy + share * torch.tan(math.pi / 2 - math.pi * sigma)
+    return torch.where(n > 1, losses, torch.zeros_like(losses))
 
 
 def macs_loss(expected: Tensor, target: float, dense: float) -> Tensor:
@@ -63,20 +68,23 @@ def macs_loss(expected: Tensor, target: float, dense: float) -> Tensor:
     return ((expected - target) / dense).square()
 
 
-def reconstruction_loss(decoded: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
+def reconstruction_loss(decoded: Tensor, images: Tensor, patches: Tensor, masked: Tensor, patch_size: int) -> Tensor:
     """Mean absolute error over the pixels of masked patches against the locally normalized image.
 
-    The decoder's pixel shuffle is undone on the target instead: the same pairs of values, but nothing to differentiate.
-
     Args:
-        decoded: (B, C·p², H/p, W/p), the decoder's output, one column of channels for each p × p patch.
+        decoded: (B, K, C·p²), the decoder's output for K patches of each image.
         images: (B, C, H, W), the network's input.
-        patch_mask: (B, H/p, W/p) bool, True where a patch was replaced by the mask token.
+        patches: (B, K), which patches these are, counted row by row.
+        masked: (K,) bool, False for patches that do not count.
+        patch_size: p.
     """
-    patch_size = images.shape[-1] // patch_mask.shape[-1]
-    target = F.pixel_unshuffle(local_norm(images.float()), patch_size)
-    error = F.l1_loss(decoded.float(), target, reduction="none").sum(1)  # (B, H/p, W/p)
-    return (error * patch_mask).sum() / (patch_mask.sum() * target.shape[1]).clamp(min=1)
+    normalized = local_norm(images.float())
+    blocks = normalized.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/p, p, W/p, p)
+    row, column = patches // blocks.shape[4], patches % blocks.shape[4]
+    image = torch.arange(len(images), device=images.device)[:, None]
+    target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p²)
+    error = (decoded.float() - target).abs().mean(2)  # (B, K)
+    return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1)
 
 
 def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:

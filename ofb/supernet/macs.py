@@ -4,7 +4,7 @@ Counted are the products of convolutions, linear layers and attention. Biases, n
 as in the paper and in torch.utils.flop_counter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,15 +22,24 @@ class Macs:
     fixed: int
     per_unit: Mapping[str, tuple[int, int]]
 
-    def total(self, sizes: Mapping[str, int | Tensor]) -> int | Tensor:
-        """MACs for sizes in units ("embed" is the width); an int for ints, differentiable for 0-d tensors.
-
-        The expectation over independent candidates is exact: the total is linear in each submodule's units.
-        """
+    def total(self, sizes: Mapping[str, int]) -> int:
+        """MACs for sizes in units, "embed" being the width."""
         width = sizes["embed"]
         return width * self.fixed + sum(
             sizes[name] * (width * per_width + constant) for name, (per_width, constant) in self.per_unit.items()
         )
+
+    def rates(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """(per_width, constant) of each submodule, 0 for the width itself."""
+        return [self.per_unit.get(name, (0, 0)) for name in names]
+
+    def expected(self, width: Tensor, units: Tensor, rates: Tensor) -> Tensor:
+        """Expected MACs for the expected width (0-d) and units (S,), differentiable; rates (S, 2).
+
+        Exact where sizes are independent: the total is linear in each of them.
+        """
+        per_width, constant = (units @ rates).unbind()
+        return width * (self.fixed + per_width) + constant
 
 
 def readable(amount: float) -> str:

@@ -1,6 +1,7 @@
 """Supernet: a timm Vision Transformer with bi-masks on it, searched while it trains (OFB, CVPR 2024)."""
 
 import copy
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ofb.supernet.losses import classification_loss, macs_loss, reconstruction_l
 from ofb.supernet.macs import readable
 from ofb.supernet.pruning import Coupling, keep_units
 from ofb.supernet.schedules import prunes_after, ramp
+from ofb.supernet.stack import Stack
 from ofb_kernels import use_backend
 
 LAM_START, LAM_END = 0.99, 0.1
@@ -104,12 +106,17 @@ class Supernet(nn.Module):
         self.target_macs = parse_target(target, self.dense_macs)
         self.bimasks = nn.ModuleDict({n: BiMask(s.candidates, score_mean, **like) for n, s in submodules.items()})
         pixels = model.patch_embed.proj.weight[0].numel()
-        self.decoder = nn.Conv2d(model.embed_dim, pixels, 1, **like)
+        self.decoder = nn.Linear(model.embed_dim, pixels, **like)  # of each token: the paper's 1 × 1 convolution
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim, **like))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
         self.register_buffer("patch_ratio", torch.zeros((), **like), persistent=False)
+        self._build_stacks()
+        names = [name for stack in self.stacks.values() for name in stack.names]
+        rates = torch.tensor(self.macs.rates(names), device=weight.device, dtype=torch.float32)
+        self.register_buffer("rates", rates, persistent=False)
+        self.width_index = names.index("embed")
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
@@ -141,14 +148,14 @@ class Supernet(nn.Module):
             zero = torch.zeros_like(classification)
             return Losses(classification, classification.detach(), zero, zero, zero)
         with self._backend():
-            patches = self.family.patch_embeddings(self.model, images)
-            masked = self._draw_patch_mask(patches)  # (B, patches)
-            tokens = self._features(torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches))
+            embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
+            patches, masked = self._draw_patches(embeddings)  # (B, K), (K,)
+            tokens = self._features(self._replace(embeddings, patches, masked))
             logits = self.family.logits(self.model, tokens)
-            feature_map = self.family.feature_map(self.model, tokens)  # (B, D, h, w)
             one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.target_macs, self.dense_macs)
-            grid_mask = masked.unflatten(1, feature_map.shape[-2:])
-            rebuilt = reconstruction_loss(self.decoder(feature_map), images, grid_mask)
+            drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(patches[..., None], 1)
+            patch_size = self.model.patch_embed.patch_size[0]
+            rebuilt = reconstruction_loss(self.decoder(drawn), images, patches, masked, patch_size)
         classification = classification_loss(logits, targets, self.label_smoothing)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_weight * one_hot + self.macs_weight * macs + balance * rebuilt
@@ -285,6 +292,7 @@ class Supernet(nn.Module):
         result = super().load_state_dict(state_dict, strict, assign)
         for bimask in self.bimasks.values():
             bimask.refresh()
+        self._build_stacks()
         self._set_schedules()
         return result
 
@@ -298,26 +306,44 @@ class Supernet(nn.Module):
         return self.family.features(self.model, patches, masks, residual_mask, norm_mask)
 
     def _masks(self) -> dict[str, Tensor]:
-        return {name: bimask.mask(self.lam) for name, bimask in self.bimasks.items()}
+        if self.finished:
+            return {name: bimask.mask(self.lam) for name, bimask in self.bimasks.items()}
+        return {name: mask for stack in self.stacks.values() for name, mask in stack.masks(self.lam).items()}
 
     def _residual_mask(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         return masks["embed"].flatten() if self.residual_mask == "stream" else None
 
-    def _draw_patch_mask(self, patches: Tensor) -> Tensor:
-        """(B, patches) bool: the same random share of every image's patches, at least one."""
-        rank = torch.rand(patches.shape[:2], device=patches.device).argsort(1).argsort(1)
-        return rank < (self.patch_ratio * patches.shape[1]).clamp(min=1)
+    def _draw_patches(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K) distinct patches of every image and (K,) bool, which of them to mask: the present share, at least one.
+
+        K is the largest number that is ever masked, so that shapes stay what they are while the share grows.
+        """
+        images, patches = embeddings.shape[:2]
+        most = max(1, math.ceil(PATCH_RATIO_END * patches))
+        drawn = torch.rand(images, patches, device=embeddings.device).argsort(1)[:, :most]
+        number = (self.patch_ratio * patches).clamp(min=1)
+        return drawn, torch.arange(most, device=embeddings.device) < number
+
+    def _replace(self, embeddings: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
+        """Embeddings with the mask token in place of the masked patches."""
+        replaced = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        replaced = replaced.scatter(1, patches, masked.expand(patches.shape))
+        return torch.where(replaced[..., None], self.mask_token.to(embeddings.dtype), embeddings)
 
     def _one_hot_loss(self) -> Tensor:
-        losses = [
-            bimask.one_hot_loss(self.attention_score_penalty if name.startswith("attn") else self.score_penalty)
-            for name, bimask in self.bimasks.items()
-            if not bimask.final
-        ]
-        return torch.stack(losses).sum()
+        penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
+        return sum(stack.one_hot_loss(penalties[kind]) for kind, stack in self.stacks.items())
 
     def _expected_macs(self) -> Tensor:
-        return self.macs.total({name: bimask.expected_units().float() for name, bimask in self.bimasks.items()})
+        units = torch.cat([stack.expected_units() for stack in self.stacks.values()]).to(self.rates.dtype)
+        return self.macs.expected(units[self.width_index], units, self.rates)
+
+    def _build_stacks(self) -> None:
+        """Attention has heads, the rest has none: in one stack, most of it would be filling."""
+        kinds = {"attention": {}, "others": {}}
+        for name, bimask in self.bimasks.items():
+            kinds["attention" if name.startswith("attn") else "others"][name] = bimask
+        self.stacks = nn.ModuleDict({kind: Stack(bimasks) for kind, bimasks in kinds.items()})
 
     def _set_schedules(self) -> None:
         self.lam.fill_(ramp(self.steps, self.warmup_steps, LAM_START, LAM_END))
@@ -354,7 +380,8 @@ class Supernet(nn.Module):
         bimask.keep_candidates(alive, self.lam, optimizer)
         attention = [b.candidates.full for n, b in self.bimasks.items() if n.startswith("attn")]
         self.family.sync_sizes(self.model, attention)
-        self.decoder.in_channels = self.decoder.weight.shape[1]
+        self.decoder.in_features = self.decoder.weight.shape[1]
+        self._build_stacks()
         if bimask.final and how is not None:
             size = [heads, channels] if name.startswith("attn") else channels
             probability = size_probability[heads, channels]

@@ -1,4 +1,4 @@
-"""The bi-mask of a submodule: ranks by counting, the candidates' softmax and the staircase in one launch.
+"""The bi-masks of submodules: ranks by counting, the candidates' softmax and the staircase in one launch.
 
 Forward:   m = λ·S + (1 − λ)·V,   S = sigmoid(s),   V = Σ_k p_k·[head rank < heads_k]·[channel rank < channels_k]
 Backward:  ds = dm·λ·S·(1 − S),   dλ = Σ dm·(S − V),   dα = p⊙(dp − Σ p·dp)
@@ -23,16 +23,17 @@ BACKWARD_CONFIGURATION = dict(TILE=4096, num_warps=8)  # units × candidates hel
 def forward(
     score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor, alive: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mask (H, d), and for the backward the ranks of heads (H,) and channels (H, d) as int32; all contiguous."""
-    heads, channels = score.shape
+    """mask (S, H, d), and for the backward int32 ranks of heads (S, H) and channels (S, H, d); all contiguous."""
+    submodules, heads, channels = score.shape
+    candidates = alpha.shape[1:]
     mask = torch.empty_like(score)
-    head_rank = score.new_empty(heads, dtype=torch.int32)
+    head_rank = score.new_empty(submodules, heads, dtype=torch.int32)
     channel_rank = torch.empty_like(score, dtype=torch.int32)
     with on_device_of(score):
-        _forward_kernel[(heads, triton.cdiv(channels, FORWARD_CONFIGURATION["BLOCK_UNITS"]))](
+        _forward_kernel[(submodules, heads, triton.cdiv(channels, FORWARD_CONFIGURATION["BLOCK_UNITS"]))](
             score, alpha, head_counts, channel_counts, lam, alive, mask, head_rank, channel_rank,
-            heads, channels, *alpha.shape,
-            BLOCK_CANDIDATES=triton.next_power_of_2(alpha.numel()), IMPORTANCE_UNIT=HEAD_IMPORTANCE_UNIT,
+            heads, channels, *candidates,
+            BLOCK_CANDIDATES=triton.next_power_of_2(candidates.numel()), IMPORTANCE_UNIT=HEAD_IMPORTANCE_UNIT,
             **FORWARD_CONFIGURATION,
         )  # fmt: skip
     return mask, head_rank, channel_rank
@@ -42,17 +43,19 @@ def backward(
     grad_mask: Tensor, score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor,
     alive: Tensor, head_rank: Tensor, channel_rank: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of score (H, d), alpha (A, B) and lam (); all contiguous."""
-    grad_score, grad_alpha, grad_lam = torch.empty_like(score), torch.empty_like(alpha), torch.empty_like(lam)
+    """Gradients of score (S, H, d), alpha (S, A, B) and lam (); all contiguous."""
+    submodules, heads, channels = score.shape
+    candidates = alpha.shape[1:]
+    grad_score, grad_alpha, grad_lam = torch.empty_like(score), torch.empty_like(alpha), lam.new_empty(submodules)
     with on_device_of(score):
-        _backward_kernel[(1,)](
+        _backward_kernel[(submodules,)](
             grad_mask, score, alpha, head_counts, channel_counts, lam, alive, head_rank, channel_rank,
             grad_score, grad_alpha, grad_lam,
-            score.numel(), score.shape[1], *alpha.shape,
-            BLOCK_CANDIDATES=triton.next_power_of_2(alpha.numel()), ACCUMULATOR=accumulator_dtype(score),
+            heads, channels, *candidates,
+            BLOCK_CANDIDATES=triton.next_power_of_2(candidates.numel()), ACCUMULATOR=accumulator_dtype(score),
             **BACKWARD_CONFIGURATION,
         )  # fmt: skip
-    return grad_score, grad_alpha, grad_lam
+    return grad_score, grad_alpha, grad_lam.sum()
 
 
 @triton.jit
@@ -63,10 +66,11 @@ def _forward_kernel(
     IMPORTANCE_UNIT: tl.constexpr, BLOCK_UNITS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_UNITS channels of one head."""
-    head = tl.program_id(0)
-    offsets_d = tl.program_id(1) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
+    """One program: BLOCK_UNITS channels of one head of one submodule."""
+    submodule, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offsets_d = tl.program_id(2) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
     in_channels = offsets_d < channels
+    score_ptr += submodule * heads * channels
     first = head * channels
     score = tl.load(score_ptr + first + offsets_d, mask=in_channels, other=0.0)  # (BLOCK_UNITS,)
     head_rank = _rank_of_head(score_ptr, head, heads, channels, IMPORTANCE_UNIT, BLOCK_HEADS, BLOCK_OTHERS)
@@ -78,39 +82,44 @@ def _forward_kernel(
         before &= (others_d < channels)[None, :]  # (BLOCK_UNITS, BLOCK_OTHERS)
         channel_rank += tl.sum(before.to(tl.int32), 1)
     probability, head_count, channel_count = _candidates(
-        alpha_ptr, alive_ptr, head_counts_ptr, channel_counts_ptr, head_candidates, channel_candidates, BLOCK_CANDIDATES
-    )
+        submodule, alpha_ptr, alive_ptr, head_counts_ptr, channel_counts_ptr, head_candidates, channel_candidates,
+        BLOCK_CANDIDATES,
+    )  # fmt: skip
     # V = Σ_k p_k·[head rank < heads_k]·[channel rank < channels_k], m = λ·S + (1 − λ)·V
     keeps = (head_rank < head_count)[None, :] & (channel_rank[:, None] < channel_count[None, :])
     sparsity = tl.sum(tl.where(keeps, probability[None, :], 0.0), 1)  # over (BLOCK_UNITS, BLOCK_CANDIDATES)
     lam = tl.load(lam_ptr)
     mask = lam * tl.sigmoid(score) + (1.0 - lam) * sparsity
+    first += submodule * heads * channels
     tl.store(mask_ptr + first + offsets_d, mask, mask=in_channels)
     tl.store(channel_rank_ptr + first + offsets_d, channel_rank, mask=in_channels)
-    tl.store(head_rank_ptr + head, head_rank)  # every program of a head stores the same value
+    tl.store(head_rank_ptr + submodule * heads + head, head_rank)  # every program of a head stores the same value
 
 
 @triton.jit
 def _backward_kernel(
     grad_mask_ptr, score_ptr, alpha_ptr, head_counts_ptr, channel_counts_ptr, lam_ptr, alive_ptr,
     head_rank_ptr, channel_rank_ptr, grad_score_ptr, grad_alpha_ptr, grad_lam_ptr,
-    units, channels, head_candidates, channel_candidates,
+    heads, channels, head_candidates, channel_candidates,
     ACCUMULATOR: tl.constexpr, BLOCK_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program for the whole submodule: a few thousand units at most, and dα and dλ need them all."""
+    """One program for a whole submodule: a few thousand units at most, and dα and dλ need them all."""
     BLOCK_UNITS: tl.constexpr = TILE // BLOCK_CANDIDATES if TILE > BLOCK_CANDIDATES else 1
+    submodule, units = tl.program_id(0).to(tl.int64), heads * channels
     probability, head_count, channel_count = _candidates(
-        alpha_ptr, alive_ptr, head_counts_ptr, channel_counts_ptr, head_candidates, channel_candidates, BLOCK_CANDIDATES
-    )
+        submodule, alpha_ptr, alive_ptr, head_counts_ptr, channel_counts_ptr, head_candidates, channel_candidates,
+        BLOCK_CANDIDATES,
+    )  # fmt: skip
     lam = tl.load(lam_ptr)
     grad_probability = tl.zeros((BLOCK_CANDIDATES,), ACCUMULATOR)
     grad_lam = tl.zeros((BLOCK_UNITS,), ACCUMULATOR)
     for start in range(0, units, BLOCK_UNITS):
-        offsets = start + tl.arange(0, BLOCK_UNITS)
-        in_units = offsets < units
+        units_here = start + tl.arange(0, BLOCK_UNITS)
+        in_units = units_here < units
+        offsets = submodule * units + units_here
         grad_mask = tl.load(grad_mask_ptr + offsets, mask=in_units, other=0.0)  # (BLOCK_UNITS,)
         score = tl.load(score_ptr + offsets, mask=in_units, other=0.0)
-        head_rank = tl.load(head_rank_ptr + offsets // channels, mask=in_units, other=0)
+        head_rank = tl.load(head_rank_ptr + submodule * heads + units_here // channels, mask=in_units, other=0)
         channel_rank = tl.load(channel_rank_ptr + offsets, mask=in_units, other=0)
         # ds = dm·λ·S·(1 − S), dλ = Σ dm·(S − V)
         importance = tl.sigmoid(score)
@@ -122,22 +131,24 @@ def _backward_kernel(
     # dp = (1 − λ)·Σ_units …, dα = p⊙(dp − Σ p·dp)
     grad_probability *= 1.0 - lam
     grad_alpha = probability * (grad_probability - tl.sum(probability * grad_probability, 0))
-    offsets_k = tl.arange(0, BLOCK_CANDIDATES)
-    tl.store(grad_alpha_ptr + offsets_k, grad_alpha, mask=offsets_k < head_candidates * channel_candidates)
-    tl.store(grad_lam_ptr, tl.sum(grad_lam, 0))
+    candidates, offsets_k = head_candidates * channel_candidates, tl.arange(0, BLOCK_CANDIDATES)
+    tl.store(grad_alpha_ptr + submodule * candidates + offsets_k, grad_alpha, mask=offsets_k < candidates)
+    tl.store(grad_lam_ptr + submodule, tl.sum(grad_lam, 0))
 
 
 @triton.jit
 def _candidates(
-    alpha_ptr, alive_ptr, head_counts_ptr, channel_counts_ptr, head_candidates, channel_candidates,
+    submodule, alpha_ptr, alive_ptr, head_counts_ptr, channel_counts_ptr, head_candidates, channel_candidates,
     BLOCK_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Probability, head count and channel count of every candidate, each (BLOCK_CANDIDATES,)."""
-    offsets = tl.arange(0, BLOCK_CANDIDATES)
-    inside = offsets < head_candidates * channel_candidates
-    alive = tl.load(alive_ptr + offsets, mask=inside, other=0) != 0
-    alpha = tl.load(alpha_ptr + offsets, mask=alive, other=-float("inf"))
+    """Probability, head count and channel count of a submodule's candidates, each (BLOCK_CANDIDATES,)."""
+    candidates, offsets = head_candidates * channel_candidates, tl.arange(0, BLOCK_CANDIDATES)
+    inside = offsets < candidates
+    alive = tl.load(alive_ptr + submodule * candidates + offsets, mask=inside, other=0) != 0
+    alpha = tl.load(alpha_ptr + submodule * candidates + offsets, mask=alive, other=-float("inf"))
     exponential = tl.exp(alpha - tl.max(alpha, 0))
+    head_counts_ptr += submodule * head_candidates
+    channel_counts_ptr += submodule * channel_candidates
     head_count = tl.load(head_counts_ptr + offsets // channel_candidates, mask=inside, other=0)
     channel_count = tl.load(channel_counts_ptr + offsets % channel_candidates, mask=inside, other=0)
     return exponential / tl.sum(exponential, 0), head_count, channel_count

@@ -22,7 +22,7 @@ def bimask(
     alive: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Bi-mask of a submodule's units: m = λ·S + (1 − λ)·V.
+    """Bi-mask of a submodule's units, or of several submodules' at once: m = λ·S + (1 − λ)·V.
 
     The mask of OFB (Ye et al., CVPR 2024, section 3.2): S = sigmoid(score) says which units matter, V how many to
     keep. V(r) = Σ_k p_k · [r < c_k] for the unit of rank r, p = softmax(alpha) over the alive candidates. With heads,
@@ -31,12 +31,15 @@ def bimask(
     through V, and lam where it is a tensor; ranks have none.
 
     Args:
-        score: (d,), or (H, d) for H heads of d channels.
-        alpha: (K,) architecture logits of K candidate sizes, or (A, B) of A head counts × B channel counts.
+        score: (d,), or (H, d) for H heads of d channels, or (S, H, d) for S submodules. A submodule smaller than
+            others in its stack is filled up with scores of −inf, its candidates with dead ones.
+        alpha: (K,) architecture logits of K candidate sizes, or (A, B) of A head counts × B channel counts, or
+            (S, A, B).
         counts: K ascending ints in 1 … d, or a pair of such sequences (head counts in 1 … H, channel counts in 1 … d).
-            An int64 tensor on score's device serves as well; its values are not checked.
+            An int64 tensor on score's device serves as well; its values are not checked. For S submodules a pair of
+            such tensors, (S, A) and (S, B).
         lam: λ in [0, 1], a float or a 0-d tensor on score's device.
-        alive: bool of alpha's shape, None where all candidates are alive.
+        alive: bool of alpha's shape with at least one candidate of each submodule, None where all are alive.
         backend: None, "reference", "eager" or "triton"; see `dispatch`.
 
     Returns:
@@ -47,33 +50,39 @@ def bimask(
         TypeError: dtypes do not fit.
     """
     check_floating(OP, score=score, alpha=alpha)
-    if score.dim() not in (1, 2):
-        raise ValueError(f"{OP}: expected score of shape (d,) or (H, d), got {tuple(score.shape)}")
+    if score.dim() not in (1, 2, 3):
+        raise ValueError(f"{OP}: expected score of shape (d,), (H, d) or (S, H, d), got {tuple(score.shape)}")
     if alpha.dtype != score.dtype:
         raise TypeError(f"{OP}: expected alpha of score's dtype {score.dtype}, got {alpha.dtype}; convert it")
+    stack = score.shape[:-2]  # () or (S,)
     names = ("counts",) if score.dim() == 1 else ("head counts", "channel counts")
     counts = (counts,) if score.dim() == 1 else _pair(counts)
     counts = [
-        _counts_tensor(name, each, units, score.device)
-        for name, each, units in zip(names, counts, score.shape, strict=True)
+        _counts_tensor(name, each, units, stack, score.device)
+        for name, each, units in zip(names, counts, score.shape[len(stack) :], strict=True)
     ]
-    check_shape(OP, "alpha", alpha, *(len(each) for each in counts))
+    check_shape(OP, "alpha", alpha, *stack, *(each.shape[-1] for each in counts))
     alive = torch.ones_like(alpha, dtype=torch.bool) if alive is None else _checked_alive(alive, alpha)
     chosen = choose_backend(OP, backend, {"score": score})
     # Without heads: one head that is always kept.
-    head_counts = counts[0] if score.dim() == 2 else torch.ones(1, dtype=torch.int64, device=score.device)
+    head_counts = counts[0] if score.dim() > 1 else torch.ones(1, dtype=torch.int64, device=score.device)
     implementation = {"reference": reference.bimask, "eager": eager.bimask, "triton": _triton}[chosen]
     with without_autocast(score):
         compute = torch.promote_types(score.dtype, torch.float32)
         mask = implementation(
-            torch.atleast_2d(score).to(compute),
-            torch.atleast_2d(alpha).to(compute),
-            head_counts,
-            counts[-1],
+            _with_dims(3, score).to(compute),
+            _with_dims(3, alpha).to(compute),
+            _with_dims(2, head_counts),
+            _with_dims(2, counts[-1]),
             _lam_tensor(lam, score, compute),
-            torch.atleast_2d(alive),
+            _with_dims(3, alive),
         )
     return mask.view(score.shape).to(score.dtype)
+
+
+def _with_dims(dims: int, tensor: Tensor) -> Tensor:
+    """The tensor with dimensions of size 1 in front."""
+    return tensor[(None,) * (dims - tensor.dim())]
 
 
 def _triton(*arguments: Tensor) -> Tensor:
@@ -86,12 +95,18 @@ def _pair(counts: object) -> tuple[Counts, Counts]:
     return tuple(counts)
 
 
-def _counts_tensor(name: str, counts: Counts, units: int, device: torch.device) -> Tensor:
+def _counts_tensor(name: str, counts: Counts, units: int, stack: torch.Size, device: torch.device) -> Tensor:
     if isinstance(counts, Tensor):
-        if counts.dtype != torch.int64 or counts.dim() != 1 or counts.device != device:
+        fits = counts.dim() == len(stack) + 1 and counts.shape[:-1] == stack
+        if counts.dtype != torch.int64 or not fits or counts.device != device:
             got = f"{counts.dtype} of shape {tuple(counts.shape)} on {counts.device}"
-            raise ValueError(f"{OP}: expected {name} as ints or a 1-d int64 tensor on {device}, got {got}")
+            shape = ", ".join([*map(str, stack), "any number"])
+            raise ValueError(
+                f"{OP}: expected {name} as ints or an int64 tensor of shape ({shape}) on {device}, got {got}"
+            )
         return counts
+    if stack:
+        raise ValueError(f"{OP}: expected {name} as an int64 tensor for a score (S, H, d), got {counts!r}")
     values = list(counts) if isinstance(counts, Sequence) else []
     if not values or not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         raise ValueError(f"{OP}: expected {name} as a sequence of ints, got {counts!r}")
@@ -106,8 +121,8 @@ def _checked_alive(alive: Tensor, alpha: Tensor) -> Tensor:
     check_shape(OP, "alive", alive, *alpha.shape)
     if alive.device != alpha.device:
         raise ValueError(f"{OP}: expected alive on {alpha.device}, got {alive.device}; move it there")
-    if _on_host(alive) and not alive.any():
-        raise ValueError(f"{OP}: expected alive with at least one candidate, got none")
+    if _on_host(alive) and not _with_dims(3, alive).flatten(1).any(1).all():
+        raise ValueError(f"{OP}: expected alive with at least one candidate of each submodule, got none")
     return alive
 
 
@@ -143,7 +158,7 @@ def _forward(
 @_forward.register_fake
 def _(score, alpha, head_counts, channel_counts, lam, alive):
     ranks = torch.empty_like(score, dtype=torch.int32)
-    return torch.empty_like(score), ranks.new_empty(score.shape[0]), ranks
+    return torch.empty_like(score), ranks.new_empty(score.shape[:2]), ranks
 
 
 @torch.library.custom_op("ofb_kernels::bimask_backward", mutates_args=())

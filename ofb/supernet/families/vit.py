@@ -105,10 +105,9 @@ def logits(model: VisionTransformer, tokens: Tensor) -> Tensor:
     return model.forward_head(tokens)
 
 
-def feature_map(model: VisionTransformer, tokens: Tensor) -> Tensor:
-    """(B, D, height, width): the patch tokens laid out as an image."""
-    height, width = model.patch_embed.grid_size
-    return tokens[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, (height, width))
+def patch_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
+    """(B, patches, D): the tokens without class and distillation token."""
+    return tokens[:, model.num_prefix_tokens :]
 
 
 @torch.no_grad()

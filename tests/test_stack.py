@@ -1,0 +1,59 @@
+"""Stack: every submodule gets in a stack what it would get alone."""
+
+import pytest
+import torch
+
+from ofb.supernet import adaptive_one_hot_loss
+from ofb.supernet.bimask import BiMask
+from ofb.supernet.search_space import Candidates
+from ofb.supernet.stack import Padding, Stack
+
+LAM = torch.tensor(0.3)
+
+
+def make_bimasks() -> dict[str, BiMask]:
+    """Two open submodules of different sizes, one of them with dead candidates, and a final one."""
+    sizes = {"a": Candidates((2, 4), (3, 5, 8)), "b": Candidates((1, 2, 3), (4, 6)), "c": Candidates((2,), (7,))}
+    bimasks = {name: BiMask(candidates) for name, candidates in sizes.items()}
+    bimasks["a"].alive[0, 1] = False
+    bimasks["c"].scale.data.normal_()
+    return bimasks
+
+
+def test_masks_and_their_gradients():
+    bimasks = make_bimasks()
+    masks = Stack(bimasks).masks(LAM)
+    cotangents = {name: torch.randn_like(mask) for name, mask in masks.items()}
+    torch.autograd.backward(list(masks.values()), list(cotangents.values()))
+    for name, bimask in bimasks.items():
+        learned = [bimask.scale] if bimask.final else [bimask.score, bimask.alpha]
+        expected = bimask.mask(LAM)
+        torch.testing.assert_close(masks[name], expected)
+        gradients = torch.autograd.grad(expected, learned, cotangents[name])
+        for parameter, gradient in zip(learned, gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_expected_units():
+    bimasks = make_bimasks()
+    with torch.no_grad():
+        bimasks["a"].alpha.copy_(torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.3, 0.1]]).log())
+        bimasks["b"].alpha.zero_()
+    a = (0.1 * 6 + 0.2 * 16 + 0.3 * 12 + 0.3 * 20 + 0.1 * 32) / (0.1 + 0.2 + 0.3 + 0.3 + 0.1)
+    b = sum(heads * channels for heads in (1, 2, 3) for channels in (4, 6)) / 6
+    assert Stack(bimasks).expected_units().tolist() == pytest.approx([a, b, 14])
+
+
+def test_one_hot_loss_is_that_of_the_open_submodules():
+    bimasks = make_bimasks()
+    penalized = [0.01 * bimasks[name].score.sigmoid().sum() for name in "ab"]
+    losses = [adaptive_one_hot_loss(bimasks[name].alpha, bimasks[name].alive) for name in "ab"]
+    torch.testing.assert_close(Stack(bimasks).one_hot_loss(0.01), sum(penalized + losses))
+
+
+def test_padding_there_and_back():
+    flat = torch.arange(1.0, 12.0)
+    padding = Padding([(2, 3), (1, 5)])
+    padded = padding(flat, 0.0)
+    assert padded.tolist() == [[[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]], [[7, 8, 9, 10, 11], [0, 0, 0, 0, 0]]]
+    assert torch.equal(padding.take(padded), flat)
