@@ -29,9 +29,7 @@ def bimask(
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
-    folded_weight = (weight * mask[:, None]).to(weight.dtype)
-    folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
-    return ACTIVATIONS[activation](F.linear(x, folded_weight, folded_bias))
+    return ACTIVATIONS[activation](_FoldedLinear.apply(x, weight, bias, mask))
 
 
 def masked_mlp(
@@ -42,8 +40,12 @@ def masked_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str | None,
+    out_mask: Tensor | None = None,
 ) -> Tensor:
-    return F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
+    hidden = masked_linear(x, fc1_weight, fc1_bias, mask, activation)
+    if out_mask is None:
+        return F.linear(hidden, fc2_weight, fc2_bias)
+    return masked_linear(hidden, fc2_weight, fc2_bias, out_mask, None)
 
 
 def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -79,6 +81,36 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     # In place from here: fresh memory for an image batch costs more than the arithmetic on it.
     variance = window_mean(images.square()).addcmul_(mean, mean, value=-1).mul_(pixels / (pixels - 1).clamp(min=1))
     return torch.sub(images, mean, out=mean).mul_(variance.clamp_(min=0).add_(eps).rsqrt_())
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """x (W ⊙ m)ᵀ + b ⊙ m; the folded weight is made again in the backward, not kept, and its gradient scaled in place.
+
+    With W' = W ⊙ m:   dx = dy W',   dW = m ⊙ dW',   db = m ⊙ Σ_rows dy,   dm = Σ_columns dW' ⊙ W + b ⊙ Σ_rows dy
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, mask)
+        return F.linear(x, _fold(weight, mask[:, None]), None if bias is None else _fold(bias, mask))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        x, weight, bias, mask = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_mask = ctx.needs_input_grad
+        rows = grad_out.reshape(-1, grad_out.shape[-1])
+        grad_x = (rows @ _fold(weight, mask[:, None])).view(x.shape) if needs_x else None
+        grad_weight = grad_bias = grad_mask = None
+        if needs_weight or needs_mask:
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if needs_mask:
+            grad_mask = (grad_weight.to(mask.dtype) * weight).sum(1)
+        if bias is not None:
+            grad_shift = rows.sum(0)
+            grad_bias = _fold(grad_shift, mask) if needs_bias else None
+            grad_mask = grad_mask + bias * grad_shift if needs_mask else None
+        return grad_x, grad_weight.mul_(mask[:, None]) if needs_weight else None, grad_bias, grad_mask
 
 
 class _MaskedLayerNorm(torch.autograd.Function):
@@ -128,6 +160,10 @@ class _MaskedLayerNorm(torch.autograd.Function):
             grad_x.addcmul_(through_statistics, mask, value=-1).mul_(rstd)
         grad_bias = None if bias is None else mask * grad_shift
         return grad_x.view(shape), mask * grad_scale, grad_bias, grad_mask, None
+
+
+def _fold(parameter: Tensor, mask: Tensor) -> Tensor:
+    return (parameter * mask).to(parameter.dtype)
 
 
 def _staircase(counts: Tensor, units: int, like: Tensor) -> Tensor:

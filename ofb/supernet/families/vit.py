@@ -226,15 +226,14 @@ def _block(
     normalized = _norm(block.norm1, x, norm_mask)
     attended = masked_qkv_attention(normalized, attn.qkv.weight, attn.qkv.bias, attention_mask, attn.scale)
     if residual_mask is None:
-        attended, fc2_weight, fc2_bias = attn.proj(attended), mlp.fc2.weight, mlp.fc2.bias
+        attended = attn.proj(attended)
     else:
         attended = masked_linear(attended, attn.proj.weight, attn.proj.bias, residual_mask)
-        fc2_weight = mlp.fc2.weight * residual_mask[:, None]
-        fc2_bias = None if mlp.fc2.bias is None else mlp.fc2.bias * residual_mask
     x = x + block.drop_path1(block.ls1(attended))
     normalized = _norm(block.norm2, x, norm_mask)
+    fc1, fc2 = mlp.fc1, mlp.fc2
     transformed = masked_mlp(
-        normalized, mlp.fc1.weight, mlp.fc1.bias, mlp_mask, fc2_weight, fc2_bias, _activation(mlp.act)
+        normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, _activation(mlp.act), out_mask=residual_mask
     )
     return x + block.drop_path2(block.ls2(transformed))
 
