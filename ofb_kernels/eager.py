@@ -29,7 +29,8 @@ def bimask(
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
-    return ACTIVATIONS[activation](_FoldedLinear.apply(x, weight, bias, mask))
+    folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
+    return ACTIVATIONS[activation](F.linear(x, _FoldedWeight.apply(weight, mask).to(weight.dtype), folded_bias))
 
 
 def masked_mlp(
@@ -83,34 +84,24 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     return torch.sub(images, mean, out=mean).mul_(variance.clamp_(min=0).add_(eps).rsqrt_())
 
 
-class _FoldedLinear(torch.autograd.Function):
-    """x (W ⊙ m)ᵀ + b ⊙ m; the folded weight is made again in the backward, not kept, and its gradient scaled in place.
+class _FoldedWeight(torch.autograd.Function):
+    """W ⊙ m, a row for each unit. Its backward makes one product after the other, so that the second takes the memory
+    of the first: autograd makes both and then adds up, and fresh memory is what a fold costs a CPU.
 
-    With W' = W ⊙ m:   dx = dy W',   dW = m ⊙ dW',   db = m ⊙ Σ_rows dy,   dm = Σ_columns dW' ⊙ W + b ⊙ Σ_rows dy
+    dW = m ⊙ dW',   dm = Σ_columns dW' ⊙ W
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, mask)
-        return F.linear(x, _fold(weight, mask[:, None]), None if bias is None else _fold(bias, mask))
+    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        return weight * mask[:, None]  # cast outside: torch.compile (2.11) loses the gradient of a no-op cast here
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        x, weight, bias, mask = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_mask = ctx.needs_input_grad
-        rows = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_x = (rows @ _fold(weight, mask[:, None])).view(x.shape) if needs_x else None
-        grad_weight = grad_bias = grad_mask = None
-        if needs_weight or needs_mask:
-            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-        if needs_mask:
-            grad_mask = (grad_weight.to(mask.dtype) * weight).sum(1)
-        if bias is not None:
-            grad_shift = rows.sum(0)
-            grad_bias = _fold(grad_shift, mask) if needs_bias else None
-            grad_mask = grad_mask + bias * grad_shift if needs_mask else None
-        return grad_x, grad_weight.mul_(mask[:, None]) if needs_weight else None, grad_bias, grad_mask
+    def backward(ctx, grad_folded: Tensor):
+        weight, mask = ctx.saved_tensors
+        grad_mask = (grad_folded * weight).sum(1).to(mask.dtype)
+        return (grad_folded * mask[:, None]).to(weight.dtype), grad_mask
 
 
 class _MaskedLayerNorm(torch.autograd.Function):
@@ -136,7 +127,7 @@ class _MaskedLayerNorm(torch.autograd.Function):
             out.add_(bias * mask)
         ctx.eps = eps
         ctx.save_for_backward(x, mean, rstd, weight, bias, mask)
-        return out.view(x.shape)  # torch.compile (2.11) gives a result written in place zero gradients, but no view
+        return out.view(x.shape)  # torch.compile (2.11) loses the gradient of a result written in place
 
     @staticmethod
     @once_differentiable
@@ -160,10 +151,6 @@ class _MaskedLayerNorm(torch.autograd.Function):
             grad_x.addcmul_(through_statistics, mask, value=-1).mul_(rstd)
         grad_bias = None if bias is None else mask * grad_shift
         return grad_x.view(shape), mask * grad_scale, grad_bias, grad_mask, None
-
-
-def _fold(parameter: Tensor, mask: Tensor) -> Tensor:
-    return (parameter * mask).to(parameter.dtype)
 
 
 def _staircase(counts: Tensor, units: int, like: Tensor) -> Tensor:
