@@ -25,8 +25,8 @@ class Stack(nn.Module):
         super().__init__()
         self.names = tuple(bimasks)
         self.bimasks = tuple(bimasks.values())  # in a tuple: they are the supernet's children
-        sizes = [bimask.candidates.full for bimask in self.bimasks]
-        grids = [tuple(bimask.alpha.shape) for bimask in self.bimasks]
+        sizes = [each.candidates.full for each in self.bimasks]
+        grids = [tuple(each.alpha.shape) for each in self.bimasks]
         self.units, self.candidates = Padding(sizes), Padding(grids)
         self.to(self.bimasks[0].score.device)
         self.register_buffer("alive", self.candidates(self._all("alive"), False), persistent=False)
@@ -58,7 +58,7 @@ class Stack(nn.Module):
         return (one_hot + score_penalty * importance * (candidates_left > 1)).sum()
 
     def _all(self, attribute: str) -> Tensor:
-        return torch.cat([getattr(bimask, attribute).flatten() for bimask in self.bimasks])
+        return torch.cat([getattr(each, attribute).flatten() for each in self.bimasks])
 
     def _alpha(self) -> Tensor:
         return self.candidates(self._all("alpha"), 0.0)
