@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ofb.supernet import Supernet
 from ofb.supernet.budget import TOLERANCE
 from ofb.supernet.families import count_macs
+from ofb_kernels import local_norm
 from tests.common import tiny_vit
 
 MODELS = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"]
@@ -263,6 +264,23 @@ def test_masked_patches_keep_their_share():
         replaced = (supernet._replace(embeddings, patches, masked) == supernet.mask_token).all(2)
         assert replaced.sum(1).tolist() == [expected] * 6
         assert all(replaced[i, patches[i, masked]].all() for i in range(6))
+
+
+def test_reconstruction_compares_each_patch_with_its_own_pixels():
+    supernet = make_supernet().eval()
+    images, targets = make_batch()
+    supernet.patch_ratio.fill_(0.2)
+    patches, masked = supernet._draw_patches(torch.empty(8, 16, 1))
+    supernet._draw_patches = lambda embeddings: (patches, masked)
+    loss = supernet.loss(images, targets).reconstruction
+
+    tokens = supernet._features(supernet._replace(supernet.model.patch_embed(images), patches, masked))
+    decoded = supernet.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
+    picture = torch.nn.functional.pixel_shuffle(decoded.mT.unflatten(2, (4, 4)), 4)
+    counts = torch.zeros(8, 16, dtype=torch.bool).scatter(1, patches, masked.expand(8, -1)).view(8, 4, 4)
+    pixels = counts.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    expected = (picture - local_norm(images)).abs().mean(1)[pixels].mean()
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
