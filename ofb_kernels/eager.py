@@ -100,8 +100,9 @@ class _FoldedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_folded: Tensor):
         weight, mask = ctx.saved_tensors
-        grad_mask = (grad_folded * weight).sum(1).to(mask.dtype)
-        return (grad_folded * mask[:, None]).to(weight.dtype), grad_mask
+        buffer = grad_folded * weight
+        grad_mask = buffer.sum(1).to(mask.dtype)
+        return torch.mul(grad_folded, mask[:, None], out=buffer).to(weight.dtype), grad_mask
 
 
 class _MaskedLayerNorm(torch.autograd.Function):
