@@ -41,12 +41,8 @@ def masked_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str | None,
-    out_mask: Tensor | None = None,
 ) -> Tensor:
-    hidden = masked_linear(x, fc1_weight, fc1_bias, mask, activation)
-    if out_mask is None:
-        return F.linear(hidden, fc2_weight, fc2_bias)
-    return masked_linear(hidden, fc2_weight, fc2_bias, out_mask, None)
+    return F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
 
 
 def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -69,11 +69,9 @@ def masked_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str | None,
-    out_mask: Tensor | None = None,
 ) -> Tensor:
-    """fc2(act(fc1(x) ⊙ mask)), ⊙ out_mask where one is given."""
-    out = F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
-    return out if out_mask is None else out * out_mask.to(x.dtype)
+    """fc2(act(fc1(x) ⊙ mask))."""
+    return F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
 
 
 def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -30,14 +30,6 @@ def test_matches_float64(backend, dtype, activation, device):
     check_op(masked_mlp, inputs, {"activation": activation}, backend, reduction=2 * 197)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
-def test_mask_on_the_output(backend, dtype, bias, device):
-    inputs = make_inputs((2, 19), 24, 40, 56, dtype, device, bias) | {"out_mask": torch.rand(56, device=device)}
-    options = {} if bias else {"fc1_bias": None, "fc2_bias": None}
-    check_op(masked_mlp, inputs, options, backend, reduction=56)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_bias(backend, device):
     inputs = make_inputs((5, 3), 17, 9, 11, torch.float32, device, bias=False)

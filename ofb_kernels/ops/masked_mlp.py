@@ -20,9 +20,8 @@ def masked_mlp(
     fc2_bias: Tensor | None,
     activation: str | None = "gelu",
     backend: str | None = None,
-    out_mask: Tensor | None = None,
 ) -> Tensor:
-    """Two-layer MLP, a mask on its hidden units and, where wanted, on its output: fc2(act(fc1(x) ⊙ mask)) ⊙ out_mask.
+    """Two-layer MLP with a mask on its hidden units: fc2(act(fc1(x) ⊙ mask)).
 
     The masked MLP of OFB (Ye et al., CVPR 2024, section 3): the mask meets fc1's output, bias included, before the
     activation. Differentiable in every tensor. Between forward and backward only fc1's output is kept.
@@ -36,7 +35,6 @@ def masked_mlp(
         fc2_bias: (E,) or None.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
         backend: None, "reference", "eager" or "triton"; see `dispatch`.
-        out_mask: (E,), any floating dtype, or None.
 
     Returns:
         (..., E) in x's dtype, or autocast's where it is on.
@@ -47,29 +45,24 @@ def masked_mlp(
     """
     op = "masked_mlp"
     weights = dict(fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    masks = {"mask": mask} if out_mask is None else {"mask": mask, "out_mask": out_mask}
-    check_floating(op, x=x, **masks, **weights)
+    check_floating(op, x=x, mask=mask, **weights)
     check_shape(op, "x", x, "...", "K")
     check_shape(op, "fc1_weight", fc1_weight, "N", x.shape[-1])
     check_shape(op, "fc1_bias", fc1_bias, fc1_weight.shape[0])
     check_shape(op, "mask", mask, fc1_weight.shape[0])
     check_shape(op, "fc2_weight", fc2_weight, "E", fc1_weight.shape[0])
     check_shape(op, "fc2_bias", fc2_bias, fc2_weight.shape[0])
-    check_shape(op, "out_mask", out_mask, fc2_weight.shape[0])
     check_choice(op, "activation", activation, ACTIVATIONS)
     dtype = compute_dtype(op, x, **weights)
-    chosen = choose_backend(op, backend, {"x": x.to(dtype), **masks})
+    chosen = choose_backend(op, backend, {"x": x.to(dtype), "mask": mask})
     implementation = {"reference": reference.masked_mlp, "eager": eager.masked_mlp, "triton": _triton}[chosen]
     w1, b1, w2, b2 = (None if weight is None else weight.to(dtype) for weight in weights.values())
-    return implementation(x.to(dtype), w1, b1, mask, w2, b2, activation, out_mask)
+    return implementation(x.to(dtype), w1, b1, mask, w2, b2, activation)
 
 
-def _triton(x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, activation, out_mask) -> Tensor:
-    if out_mask is not None:  # fc2 is a plain product: its mask goes into its weights
-        fc2_weight = (fc2_weight * out_mask[:, None]).to(x.dtype)
-        fc2_bias = None if fc2_bias is None else (fc2_bias * out_mask).to(x.dtype)
-    inputs = x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias
-    return torch.ops.ofb_kernels.masked_mlp(*inputs, activation, needs_grad(*inputs))[0]
+def _triton(*inputs) -> Tensor:
+    save_pre = needs_grad(*inputs[:-1])
+    return torch.ops.ofb_kernels.masked_mlp(*inputs, save_pre)[0]
 
 
 @torch.library.custom_op("ofb_kernels::masked_mlp", mutates_args=())

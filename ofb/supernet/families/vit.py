@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ofb.supernet.macs import Macs
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates, attention_candidates, embed_candidates, mlp_candidates
-from ofb_kernels import masked_layer_norm, masked_linear, masked_mlp, masked_qkv_attention
+from ofb_kernels import masked_layer_norm, masked_mlp, masked_qkv_attention
 
 NAME = "vit"
 ACTIVATION_LAYERS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "relu": nn.ReLU, "silu": nn.SiLU}
@@ -221,21 +221,22 @@ def _block(
     residual_mask: Tensor | None,
     norm_mask: Tensor | None,
 ) -> Tensor:
-    """A pre-norm transformer block with masks; projections into the residual stream carry its mask as well."""
+    """A pre-norm transformer block with masks."""
     attn, mlp = block.attn, block.mlp
     normalized = _norm(block.norm1, x, norm_mask)
     attended = masked_qkv_attention(normalized, attn.qkv.weight, attn.qkv.bias, attention_mask, attn.scale)
-    if residual_mask is None:
-        attended = attn.proj(attended)
-    else:
-        attended = masked_linear(attended, attn.proj.weight, attn.proj.bias, residual_mask)
-    x = x + block.drop_path1(block.ls1(attended))
+    x = _add_branch(x, attn.proj(attended), block.ls1, block.drop_path1, residual_mask)
     normalized = _norm(block.norm2, x, norm_mask)
     fc1, fc2 = mlp.fc1, mlp.fc2
-    transformed = masked_mlp(
-        normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, _activation(mlp.act), out_mask=residual_mask
-    )
-    return x + block.drop_path2(block.ls2(transformed))
+    transformed = masked_mlp(normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, _activation(mlp.act))
+    return _add_branch(x, transformed, block.ls2, block.drop_path2, residual_mask)
+
+
+def _add_branch(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module, mask: Tensor | None) -> Tensor:
+    """x + drop_path(layer_scale(branch ⊙ mask)): all three only scale, so they scale the mask, then once the branch."""
+    if mask is None:
+        return x + drop_path(layer_scale(branch))
+    return torch.addcmul(x, branch, drop_path(layer_scale(mask.expand(len(x), 1, -1))))
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, mask: Tensor | None) -> Tensor:
