@@ -66,17 +66,19 @@ def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tens
 
 def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     """The window mean is separable: two products with banded averaging matrices instead of window² additions."""
+    images = images.contiguous()
     height, width = images.shape[-2:]
     rows, row_counts = _averaging_matrix(height, window, images)
     columns, column_counts = _averaging_matrix(width, window, images)
 
-    def window_mean(values: Tensor) -> Tensor:
-        return rows @ values @ columns.t()
+    def window_mean(values: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.matmul(rows @ values, columns.t(), out=out)
 
     pixels = row_counts[:, None] * column_counts
     mean = window_mean(images)
     # In place from here: fresh memory for an image batch costs more than the arithmetic on it.
-    variance = window_mean(images.square()).addcmul_(mean, mean, value=-1).mul_(pixels / (pixels - 1).clamp(min=1))
+    squares = images.square()
+    variance = window_mean(squares, out=squares).addcmul_(mean, mean, value=-1).mul_(pixels / (pixels - 1).clamp(min=1))
     return torch.sub(images, mean, out=mean).mul_(variance.clamp_(min=0).add_(eps).rsqrt_())
 
 
@@ -104,10 +106,11 @@ class _FoldedWeight(torch.autograd.Function):
 class _MaskedLayerNorm(torch.autograd.Function):
     """LayerNorm weighted by the mask, its backward in closed form: autograd's own takes about twice as long.
 
-    With n = (x − mean)·rstd, g = dy ⊙ w ⊙ m, M = Σ m and, for each row, c1 = Σ g / M and c2 = Σ g ⊙ n / M:
+    With d = x − mean, r = 1 / standard deviation, M = Σ m and, for each row, c1 = Σ dy ⊙ w ⊙ m / M and
+    c2 = r²·Σ dy ⊙ w ⊙ m ⊙ d / M:
 
-    dx = rstd·(g − m ⊙ (c1 + c2·n)),   dw = m ⊙ Σ_rows dy ⊙ n,   db = m ⊙ Σ_rows dy
-    dm = w ⊙ Σ_rows dy ⊙ n + b ⊙ Σ_rows dy − Σ_rows (c1·n + ½·c2·(n² − var·rstd²))
+    dx = r·m ⊙ (dy ⊙ w − c1 − c2·d),   dw = m ⊙ Σ_rows r·dy ⊙ d,   db = m ⊙ Σ_rows dy
+    dm = w ⊙ Σ_rows r·dy ⊙ d + b ⊙ Σ_rows dy − Σ_rows r·(c1·d + ½·c2·(d² − variance))
 
     Fresh memory of x's size costs a CPU several passes over memory in use: the forward takes only its output, the
     backward two buffers, and everything is written over what is no longer needed.
@@ -133,19 +136,17 @@ class _MaskedLayerNorm(torch.autograd.Function):
         with without_autocast(grad_out):
             shape = x.shape
             x, grad_out, mean, rstd = (t.reshape(-1, t.shape[-1]) for t in (x, grad_out, mean, rstd))
-            normalized = (x - mean).mul_(rstd)
-            scale, total = weight * mask, mask.sum()
-            buffer = grad_out * normalized
-            c1, c2 = grad_out @ scale / total, buffer @ scale / total
-            grad_scale, grad_shift = buffer.sum(0), grad_out.sum(0)
-            through_statistics = torch.mul(normalized, c2[:, None], out=buffer).add_(c1[:, None])
-            # Σ_rows (c1·n + ½·c2·n²) = ½·Σ_rows n ⊙ (c1 + (c1 + c2·n)), and var·rstd² = 1 − eps·rstd²
-            products = c1 @ normalized + normalized.mul_(through_statistics).sum(0)
-            grad_mask = weight * grad_scale - 0.5 * (products - c2 @ (1 - ctx.eps * rstd[:, 0].square()))
+            r, share = rstd[:, 0], weight * mask / mask.sum()
+            centered = x - mean
+            buffer = grad_out * centered
+            c1, c2 = grad_out @ share, buffer @ share * r.square()
+            grad_scale, grad_shift = r @ buffer, grad_out.sum(0)
+            squares = torch.mul(centered, centered, out=buffer)
+            through_variance = (r * c2) @ squares - (r * c2) @ (r**-2 - ctx.eps)
+            grad_mask = weight * grad_scale - (r * c1) @ centered - 0.5 * through_variance
             if bias is not None:
                 grad_mask += bias * grad_shift
-            grad_x = torch.mul(grad_out, scale, out=normalized)
-            grad_x.addcmul_(through_statistics, mask, value=-1).mul_(rstd)
+            grad_x = centered.mul_(-c2[:, None]).sub_(c1[:, None]).addcmul_(grad_out, weight).mul_(mask).mul_(rstd)
         grad_bias = None if bias is None else mask * grad_shift
         return grad_x.view(shape), mask * grad_scale, grad_bias, grad_mask, None
 
