@@ -47,17 +47,15 @@ def masked_mlp(
 
 def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
     """(q ⊙ m)(k ⊙ m)ᵀ = (q ⊙ m²) kᵀ and softmax(·)(v ⊙ m) = (softmax(·) v) ⊙ m: two products instead of three."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-    q = (q * mask[:, None].square()).to(qkv.dtype)
-    attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return (attended.transpose(1, 2) * mask).to(qkv.dtype).flatten(2)
+    q, k, v = qkv.unbind(2)  # each (B, N, H, d)
+    attended = _attention((q * mask.square()).to(qkv.dtype), k, v, scale)
+    return (attended * mask).to(qkv.dtype).flatten(2)
 
 
 def masked_qkv_attention(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float) -> Tensor:
     """The mask goes into the projection's weights: nothing is left of it in the attention."""
     qkv = masked_linear(x, weight, bias, mask.flatten().repeat(3), None)
-    q, k, v = qkv.unflatten(-1, (3, *mask.shape)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    return _attention(*qkv.unflatten(-1, (3, *mask.shape)).unbind(2), scale).flatten(2)
 
 
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
@@ -80,6 +78,13 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     squares = images.square()
     variance = window_mean(squares, out=squares).addcmul_(mean, mean, value=-1).mul_(pixels / (pixels - 1).clamp(min=1))
     return torch.sub(images, mean, out=mean).mul_(variance.clamp_(min=0).add_(eps).rsqrt_())
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v of (B, N, H, d) each. Transposed one by one: the backward then packs dq, dk and dv in one
+    copy, where a permutation of the packed tensor takes two."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 class _FoldedWeight(torch.autograd.Function):
