@@ -29,8 +29,9 @@ def bimask(
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
+    folded_weight = (weight * mask[:, None]).to(weight.dtype)
     folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
-    return ACTIVATIONS[activation](F.linear(x, _FoldedWeight.apply(weight, mask).to(weight.dtype), folded_bias))
+    return ACTIVATIONS[activation](F.linear(x, folded_weight, folded_bias))
 
 
 def masked_mlp(
@@ -85,27 +86,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     copy, where a permutation of the packed tensor takes two."""
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-class _FoldedWeight(torch.autograd.Function):
-    """W ⊙ m, a row for each unit. Its backward makes one product after the other, so that the second takes the memory
-    of the first: autograd makes both and then adds up, and fresh memory is what a fold costs a CPU.
-
-    dW = m ⊙ dW',   dm = Σ_columns dW' ⊙ W
-    """
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        return weight * mask[:, None]  # cast outside: torch.compile (2.11) loses the gradient of a no-op cast here
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_folded: Tensor):
-        weight, mask = ctx.saved_tensors
-        buffer = grad_folded * weight
-        grad_mask = buffer.sum(1).to(mask.dtype)
-        return torch.mul(grad_folded, mask[:, None], out=buffer).to(weight.dtype), grad_mask
 
 
 class _MaskedLayerNorm(torch.autograd.Function):
