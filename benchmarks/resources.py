@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -47,6 +48,7 @@ class Resources:
     instructions: list[str]  # which of INSTRUCTIONS occur
 
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTIONS = ("wgmma", "mma.sync", ".f64")
 
 
@@ -147,7 +149,7 @@ def _measure(arch: int, function: JITFunction, kernel, dtype: torch.dtype, optio
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        command = [CUOBJDUMP, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
     return Resources(

@@ -86,7 +86,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
         (images,),
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=({0: torch.export.Dim("batch", max=2**20)},),
         dynamo=True,
         verbose=False,
     )

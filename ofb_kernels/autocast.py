@@ -8,4 +8,4 @@ from torch import Tensor
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Context in which operations on the tensor's device keep their dtypes; the meta device knows no autocast."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)

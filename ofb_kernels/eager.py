@@ -70,15 +70,13 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     rows, row_counts = _averaging_matrix(height, window, images)
     columns, column_counts = _averaging_matrix(width, window, images)
 
-    def window_mean(values: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.matmul(rows @ values, columns.t(), out=out)
-
     pixels = row_counts[:, None] * column_counts
-    mean = window_mean(images)
+    mean = rows @ images @ columns.t()
     # In place from here: fresh memory for an image batch costs more than the arithmetic on it.
     squares = images.square()
-    variance = window_mean(squares, out=squares).addcmul_(mean, mean, value=-1).mul_(pixels / (pixels - 1).clamp(min=1))
-    return torch.sub(images, mean, out=mean).mul_(variance.clamp_(min=0).add_(eps).rsqrt_())
+    variance = torch.matmul(rows @ squares, columns.t(), out=squares).addcmul_(mean, mean, value=-1)
+    variance = variance.mul_(pixels / (pixels - 1).clamp(min=1)).clamp_(min=0)
+    return torch.sub(images, mean, out=mean).mul_(variance.add_(eps).rsqrt_())
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
