@@ -21,6 +21,7 @@ help:  ## list the targets
 install: $(STAMP)  ## .venv with pinned dependencies and the project itself, editable
 
 $(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned versions need Python 3.11 or newer, this is %s: make PYTHON=python3.12 ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,export,test]'
 	touch $@
