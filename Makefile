@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm local_norm \
+OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm masked_add_layer_norm local_norm \
 	dispatch nn supernet,tests/test_$(module).py)
 
 DEMO := --batch-size 64 --drop-path 0 --mixup 0 --cutmix 0

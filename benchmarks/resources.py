@@ -77,8 +77,12 @@ def launch_masked_layer_norm(dtype: torch.dtype) -> None:
     for width in masked_layer_norm.FORWARD_CONFIGURATIONS:
         x, weight, bias, mask = meta(1024, width, dtype=dtype), meta(width), meta(width), meta(width)
         for optional_bias in (bias, None):
-            out, mean, rstd = masked_layer_norm.forward(x, weight, optional_bias, mask, 1e-6, dtype)
+            out, _, mean, rstd = masked_layer_norm.forward(x, weight, optional_bias, mask, 1e-6, dtype)
             masked_layer_norm.backward(out, x, weight, optional_bias, mask, mean, rstd, 1e-6)
+        for stream in (x, meta(1024, width)):  # the residual stream is float32 under autocast
+            branch = masked_layer_norm.Branch(x, mask, meta(8), 128)
+            out, stream, mean, rstd = masked_layer_norm.forward(stream, weight, bias, mask, 1e-6, dtype, branch)
+            masked_layer_norm.backward(out, stream, weight, bias, mask, mean, rstd, 1e-6, stream, branch)
 
 
 def launch_bimask(dtype: torch.dtype) -> None:

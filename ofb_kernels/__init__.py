@@ -3,6 +3,7 @@
 from ofb_kernels.dispatch import use_backend
 from ofb_kernels.ops.bimask import bimask
 from ofb_kernels.ops.local_norm import local_norm
+from ofb_kernels.ops.masked_add_layer_norm import masked_add_layer_norm
 from ofb_kernels.ops.masked_attention import masked_attention, masked_qkv_attention
 from ofb_kernels.ops.masked_layer_norm import masked_layer_norm
 from ofb_kernels.ops.masked_linear import masked_linear
@@ -11,6 +12,7 @@ from ofb_kernels.ops.masked_mlp import masked_mlp
 __all__ = [
     "bimask",
     "local_norm",
+    "masked_add_layer_norm",
     "masked_attention",
     "masked_layer_norm",
     "masked_linear",

@@ -63,6 +63,12 @@ def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tens
     return _MaskedLayerNorm.apply(x, weight, bias, mask, eps)
 
 
+def add_branch(x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None) -> Tensor:
+    """Mask and sample scale make one small factor: one pass over the branch."""
+    factor = branch_mask if sample_scale is None else branch_mask * sample_scale.view(-1, *[1] * (x.dim() - 1))
+    return torch.addcmul(x, branch, factor).to(torch.promote_types(x.dtype, branch.dtype))
+
+
 def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     """The window mean is separable: two products with banded averaging matrices instead of window² additions."""
     images = images.contiguous()

@@ -95,6 +95,14 @@ def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tens
     return (normalized if bias is None else normalized + bias) * mask
 
 
+def add_branch(x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None) -> Tensor:
+    """x + branch ⊙ branch_mask, the branch of each sample times its own scale."""
+    scaled = branch * branch_mask
+    if sample_scale is not None:
+        scaled = scaled * sample_scale.view(-1, *[1] * (x.dim() - 1))
+    return (x + scaled).to(torch.promote_types(x.dtype, branch.dtype))
+
+
 def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     """(x − μ) / √(σ² + eps), μ and unbiased σ² over the window around each pixel, as far as it lies in the image."""
     half = window // 2

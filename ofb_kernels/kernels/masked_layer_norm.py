@@ -1,4 +1,9 @@
-"""Masked LayerNorm: whole rows in registers, a chunk of rows for each program.
+"""Masked LayerNorm, alone or of a residual stream to which a branch is added on the way: whole rows in registers, a
+chunk of rows for each program.
+
+With a branch, x stands below for the new stream x + s·(branch ⊙ v), s one number for each sample; it is written beside
+the norm's output, and its gradient dsum comes in beside dout:
+           dx += dsum,   dbranch = s·dx ⊙ v,   dv = Σ_rows s·dx ⊙ branch
 
 Forward:   mean = Σ m⊙x / M,   var = Σ m⊙(x − mean)² / M,   n = (x − mean)·rstd,   out = (n⊙w + b)⊙m,   M = Σ m
 Backward:  g = dout⊙w⊙m and, for each row, c1 = Σ g / M, c2 = Σ g⊙n / M
@@ -7,6 +12,8 @@ Backward:  g = dout⊙w⊙m and, for each row, c1 = Σ g / M, c2 = Σ g⊙n / M
 
 The sums over rows are kept per program in float32 and added up by one reduction: no atomics, the same bits every time.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,12 +36,30 @@ BACKWARD_CONFIGURATIONS = {
 }
 
 
+class Branch(NamedTuple):
+    """What is added to the residual stream: values (M, N), mask (N,), and scale, one number for each sample or None.
+
+    A sample is `rows_per_sample` consecutive rows.
+    """
+
+    values: Tensor
+    mask: Tensor
+    scale: Tensor | None
+    rows_per_sample: int
+
+
+_NO_BRANCH = Branch(None, None, None, 1)
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (M, N) in `dtype`; mean (M,) and rstd (M,) in accumulator precision; x (M, N), the vectors (N,)."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype,
+    branch: Branch = _NO_BRANCH,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out (M, N) in `dtype`, the new stream (x itself without a branch), and mean (M,) and rstd (M,) in accumulator
+    precision; x (M, N), the vectors (N,)."""
     rows, columns = x.shape
     out = x.new_empty((rows, columns), dtype=dtype)
+    stream = x if branch.values is None else _stream_like(x, branch.values)
     mean = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     rstd = torch.empty_like(mean)
     block_n, configuration = _configuration(FORWARD_CONFIGURATIONS, columns)
@@ -42,33 +67,58 @@ def forward(
     if x.numel() > 0:
         with on_device_of(x):
             _forward_kernel[(chunks,)](
-                x, weight.contiguous(), None if bias is None else bias.contiguous(), mask.contiguous(),
-                out, mean, rstd,
-                rows, columns, x.stride(0), x.stride(1),
+                x, weight.contiguous(), _contiguous(bias), mask.contiguous(), *_arguments(branch),
+                out, stream, mean, rstd,
+                rows, columns, branch.rows_per_sample, x.stride(0), x.stride(1), *_strides(branch.values),
                 EPS=eps, ACCUMULATOR=accumulator_dtype(x), BLOCK_N=block_n, **configuration,
             )  # fmt: skip
-    return out, mean, rstd
+    return out, stream, mean, rstd
 
 
 def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor,
     mean: Tensor, rstd: Tensor, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """grad_x (M, N) in x's dtype; grad_weight, grad_bias and grad_mask stacked (3, N), in accumulator precision."""
+    grad_stream: Tensor | None = None, branch: Branch = _NO_BRANCH,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """grad_x (M, N) in x's dtype; grad_branch (M, N) in the branch's, None without one; and grad_weight, grad_bias,
+    grad_mask and, with a branch, its mask's gradient, stacked (3 or 4, N), in accumulator precision.
+
+    With a branch x is the new stream, and grad_stream (M, N) what comes back along it.
+    """
     rows, columns = x.shape
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_branch, vectors = None, 3
+    if branch.values is not None:
+        grad_branch, vectors = torch.empty_like(branch.values, memory_format=torch.contiguous_format), 4
     block_n, configuration = _configuration(BACKWARD_CONFIGURATIONS, columns)
     chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
-    partial = mean.new_empty(chunks, 3, columns)
+    partial = mean.new_empty(chunks, vectors, columns)
     if x.numel() > 0:
         with on_device_of(x):
             _backward_kernel[(chunks,)](
-                grad_out, x, weight.contiguous(), None if bias is None else bias.contiguous(), mask.contiguous(),
-                mean, rstd, grad_x, partial,
-                rows, columns, grad_out.stride(0), grad_out.stride(1), x.stride(0), x.stride(1),
+                grad_out, grad_stream, x, weight.contiguous(), _contiguous(bias), mask.contiguous(),
+                *_arguments(branch), mean, rstd, grad_x, grad_branch, partial,
+                rows, columns, branch.rows_per_sample,
+                *_strides(grad_out), *_strides(grad_stream), *_strides(x), *_strides(branch.values),
                 EPS=eps, ACCUMULATOR=accumulator_dtype(x), BLOCK_N=block_n, **configuration,
             )  # fmt: skip
-    return grad_x, partial.sum(0)
+    return grad_x, grad_branch, partial.sum(0)
+
+
+def _stream_like(x: Tensor, branch: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+
+
+def _arguments(branch: Branch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return branch.values, _contiguous(branch.mask), _contiguous(branch.scale)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _strides(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else matrix.stride()
 
 
 def _configuration(configurations: dict[int, dict], columns: int) -> tuple[int, dict]:
@@ -78,8 +128,9 @@ def _configuration(configurations: dict[int, dict], columns: int) -> tuple[int, 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, mask_ptr, out_ptr, mean_ptr, rstd_ptr,
-    rows, columns, stride_xm, stride_xn,
+    x_ptr, weight_ptr, bias_ptr, mask_ptr, branch_ptr, branch_mask_ptr, sample_scale_ptr,
+    out_ptr, stream_ptr, mean_ptr, rstd_ptr,
+    rows, columns, rows_per_sample, stride_xm, stride_xn, stride_bm, stride_bn,
     EPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -94,8 +145,18 @@ def _forward_kernel(
         in_rows = offsets_m < rows
         inside = in_rows[:, None] & in_columns[None, :]
         rows_m = offsets_m.to(tl.int64)[:, None]
-        x_offsets = rows_m * stride_xm + offsets_n.to(tl.int64)[None, :] * stride_xn
-        x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_M, BLOCK_N)
+        columns_n = offsets_n.to(tl.int64)[None, :]
+        x_ptrs = x_ptr + rows_m * stride_xm + columns_n * stride_xn
+        x = tl.load(x_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_M, BLOCK_N)
+        if branch_ptr is not None:
+            # x + s·(branch ⊙ v), normalized as it is stored
+            branch_ptrs = branch_ptr + rows_m * stride_bm + columns_n * stride_bn
+            branch = tl.load(branch_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
+            scale_m = _sample_scale(sample_scale_ptr, offsets_m, in_rows, rows_per_sample, ACCUMULATOR)
+            branch_mask = tl.load(branch_mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)
+            stream = (x + branch * branch_mask[None, :] * scale_m[:, None]).to(stream_ptr.dtype.element_ty)
+            tl.store(stream_ptr + rows_m * columns + offsets_n[None, :], stream, mask=inside)
+            x = stream.to(ACCUMULATOR)
         # mean = Σ m⊙x / M, var = Σ m⊙(x − mean)² / M
         mean = tl.sum(x * share[None, :], 1)  # (BLOCK_M,)
         centered = x - mean[:, None]
@@ -112,8 +173,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_out_ptr, x_ptr, weight_ptr, bias_ptr, mask_ptr, mean_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
-    rows, columns, stride_gm, stride_gn, stride_xm, stride_xn,
+    grad_out_ptr, grad_stream_ptr, x_ptr, weight_ptr, bias_ptr, mask_ptr,
+    branch_ptr, branch_mask_ptr, sample_scale_ptr, mean_ptr, rstd_ptr, grad_x_ptr, grad_branch_ptr, partial_ptr,
+    rows, columns, rows_per_sample,
+    stride_gm, stride_gn, stride_sm, stride_sn, stride_xm, stride_xn, stride_bm, stride_bn,
     EPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +190,10 @@ def _backward_kernel(
     sum_product = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # dout⊙n
     sum_grad_out = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # dout
     sum_statistics = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # c1·n + ½·c2·(n² − var·rstd²)
+    VECTORS: tl.constexpr = 3 if branch_ptr is None else 4
+    if branch_ptr is not None:
+        branch_mask = tl.load(branch_mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
+        sum_branch = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # s·dx ⊙ branch
     for step in range(STEPS):
         offsets_m = (tl.program_id(0) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = offsets_m < rows
@@ -144,6 +211,17 @@ def _backward_kernel(
         c1 = tl.sum(grad_normalized, 1)[:, None] / total  # (BLOCK_M, 1)
         c2 = tl.sum(grad_normalized * normalized, 1)[:, None] / total
         grad_x = rstd[:, None] * (grad_normalized - mask[None, :] * (c1 + c2 * normalized))
+        if branch_ptr is not None:
+            # dx += dsum, dbranch = s·dx ⊙ v, dv = Σ_rows s·dx ⊙ branch
+            grad_stream_ptrs = grad_stream_ptr + rows_m * stride_sm + columns_n * stride_sn
+            grad_x += tl.load(grad_stream_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
+            branch_ptrs = branch_ptr + rows_m * stride_bm + columns_n * stride_bn
+            branch = tl.load(branch_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
+            scale_m = _sample_scale(sample_scale_ptr, offsets_m, in_rows, rows_per_sample, ACCUMULATOR)
+            grad_scaled = grad_x * scale_m[:, None]  # (BLOCK_M, BLOCK_N)
+            grad_branch = grad_scaled * branch_mask[None, :]
+            tl.store(grad_branch_ptr + rows_m * columns + offsets_n[None, :], grad_branch, mask=inside)
+            sum_branch += grad_scaled * branch
         tl.store(grad_x_ptr + rows_m * columns + offsets_n[None, :], grad_x, mask=inside)
         sum_product += grad_out * normalized
         sum_grad_out += grad_out
@@ -155,7 +233,18 @@ def _backward_kernel(
     grad_mask = weight * product - tl.sum(sum_statistics, 0)
     if bias_ptr is not None:
         grad_mask += tl.load(bias_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR) * grad_out
-    partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * 3 * columns + offsets_n
+    partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * VECTORS * columns + offsets_n
     tl.store(partial_ptrs, mask * product, mask=in_columns)
     tl.store(partial_ptrs + columns, mask * grad_out, mask=in_columns)
     tl.store(partial_ptrs + 2 * columns, grad_mask, mask=in_columns)
+    if branch_ptr is not None:
+        tl.store(partial_ptrs + 3 * columns, tl.sum(sum_branch, 0), mask=in_columns)
+
+
+@triton.jit
+def _sample_scale(sample_scale_ptr, offsets_m, in_rows, rows_per_sample, ACCUMULATOR: tl.constexpr):
+    """The factor of each row's sample (BLOCK_M,), 1 where none is given."""
+    if sample_scale_ptr is None:
+        return tl.full(offsets_m.shape, 1.0, ACCUMULATOR)
+    else:
+        return tl.load(sample_scale_ptr + offsets_m // rows_per_sample, mask=in_rows, other=0.0).to(ACCUMULATOR)

@@ -51,8 +51,7 @@ def masked_layer_norm(
     if eps < 0:
         raise ValueError(f"{op}: expected eps >= 0, got {eps}")
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
-    limits = f"expected x of at most {MAX_WIDTH} channels, got {width}" if width > MAX_WIDTH else None
-    chosen = choose_backend(op, backend, {"x": x, "mask": mask}, limits)
+    chosen = choose_backend(op, backend, {"x": x, "mask": mask}, width_limit(width))
     if chosen == "triton":
         return torch.ops.ofb_kernels.masked_layer_norm(x, weight, bias, mask, eps, dtype)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_layer_norm
@@ -62,13 +61,18 @@ def masked_layer_norm(
         return implementation(x.to(wide), weight.to(wide), bias, mask.to(wide), eps).to(dtype)
 
 
+def width_limit(width: int) -> str | None:
+    """Why the kernels cannot take rows of this width, or None where they can."""
+    return f"expected x of at most {MAX_WIDTH} channels, got {width}" if width > MAX_WIDTH else None
+
+
 @torch.library.custom_op("ofb_kernels::masked_layer_norm", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
-    out, mean, rstd = kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias, mask, eps, dtype)
+    out, _, mean, rstd = kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias, mask, eps, dtype)
     return out.view(x.shape), mean, rstd
 
 
@@ -86,7 +90,7 @@ def _backward(
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
     width = x.shape[-1]
-    grad_x, grad_vectors = kernel.backward(
+    grad_x, _, grad_vectors = kernel.backward(
         grad_out.reshape(-1, width), x.reshape(-1, width), weight, bias, mask, mean, rstd, eps
     )
     return grad_x.view(x.shape), grad_vectors

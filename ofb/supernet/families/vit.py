@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ofb.supernet.macs import Macs
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates, attention_candidates, embed_candidates, mlp_candidates
-from ofb_kernels import masked_layer_norm, masked_mlp, masked_qkv_attention
+from ofb_kernels import masked_add_layer_norm, masked_layer_norm, masked_mlp, masked_qkv_attention
 
 NAME = "vit"
 ACTIVATION_LAYERS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "relu": nn.ReLU, "silu": nn.SiLU}
@@ -91,13 +91,15 @@ def features(
         norm_mask: (D,), V of the residual width, with which LayerNorm weighs channels; None for plain LayerNorm.
     """
     x = model._pos_embed(patches) * masks["embed"]
-    for i, block in enumerate(model.blocks):
-        arguments = (block, x, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), residual_mask, norm_mask)
+    blocks = list(model.blocks)
+    normalized = _norm(blocks[0].norm1, x, norm_mask)
+    for i, (block, next_norm) in enumerate(zip(blocks, [*(b.norm1 for b in blocks[1:]), model.norm], strict=True)):
+        inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), residual_mask, norm_mask)
         if model.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(_block, *arguments, use_reentrant=False)
+            x, normalized = checkpoint(_block, block, next_norm, *inputs, use_reentrant=False)
         else:
-            x = _block(*arguments)
-    return _norm(model.norm, x, norm_mask)
+            x, normalized = _block(block, next_norm, *inputs)
+    return normalized
 
 
 def logits(model: VisionTransformer, tokens: Tensor) -> Tensor:
@@ -215,28 +217,50 @@ _DESCRIPTION_KEYS = {
 
 def _block(
     block: Block,
+    next_norm: nn.LayerNorm,
     x: Tensor,
+    normalized: Tensor,
     attention_mask: Tensor,
     mlp_mask: Tensor,
     residual_mask: Tensor | None,
     norm_mask: Tensor | None,
-) -> Tensor:
-    """A pre-norm transformer block with masks."""
+) -> tuple[Tensor, Tensor]:
+    """A transformer block with masks, from norm to norm: it takes the stream and its norm1, and returns the new stream
+    and what the next norm makes of it."""
     attn, mlp = block.attn, block.mlp
-    normalized = _norm(block.norm1, x, norm_mask)
     attended = masked_qkv_attention(normalized, attn.qkv.weight, attn.qkv.bias, attention_mask, attn.scale)
-    x = _add_branch(x, attn.proj(attended), block.ls1, block.drop_path1, residual_mask)
-    normalized = _norm(block.norm2, x, norm_mask)
+    branch = attn.proj(attended)
+    x, normalized = _add_norm(x, branch, block.ls1, block.drop_path1, residual_mask, block.norm2, norm_mask)
     fc1, fc2 = mlp.fc1, mlp.fc2
-    transformed = masked_mlp(normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, _activation(mlp.act))
-    return _add_branch(x, transformed, block.ls2, block.drop_path2, residual_mask)
+    branch = masked_mlp(normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, _activation(mlp.act))
+    return _add_norm(x, branch, block.ls2, block.drop_path2, residual_mask, next_norm, norm_mask)
 
 
-def _add_branch(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module, mask: Tensor | None) -> Tensor:
-    """x + drop_path(layer_scale(branch ⊙ mask)): all three only scale, so they scale the mask, then once the branch."""
-    if mask is None:
-        return x + drop_path(layer_scale(branch))
-    return torch.addcmul(x, branch, drop_path(layer_scale(mask.expand(len(x), 1, -1))))
+def _add_norm(
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: nn.Module,
+    drop_path: nn.Module,
+    residual_mask: Tensor | None,
+    norm: nn.LayerNorm,
+    norm_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The new stream x + drop_path(layer_scale(branch ⊙ mask)), and its norm.
+
+    Mask, layer scale and drop path all only scale: they are multiplied together before they meet the branch.
+    """
+    if residual_mask is None:
+        x = x + drop_path(layer_scale(branch))
+        return x, norm(x)
+    branch_mask = layer_scale(residual_mask)
+    if norm_mask is None:
+        x = torch.addcmul(x, branch, drop_path(branch_mask.expand(len(x), 1, -1)))
+        return x, norm(x)
+    drops = drop_path.training and not isinstance(drop_path, nn.Identity)
+    sample_scale = drop_path(branch_mask.new_ones(len(x))) if drops else None
+    return masked_add_layer_norm(
+        x, branch, branch_mask, norm.weight, norm.bias, norm_mask, norm.eps, sample_scale=sample_scale
+    )
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, mask: Tensor | None) -> Tensor:

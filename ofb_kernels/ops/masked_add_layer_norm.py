@@ -1,0 +1,142 @@
+"""The op masked_add_layer_norm: residual add and masked LayerNorm in one pass; checks, backend, torch library op."""
+
+import torch
+from torch import Tensor
+
+from ofb_kernels import eager, reference
+from ofb_kernels.autocast import without_autocast
+from ofb_kernels.dispatch import choose_backend
+from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype
+from ofb_kernels.ops.masked_layer_norm import width_limit
+
+
+def masked_add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    branch_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    eps: float = 1e-6,
+    sample_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A masked branch added to the residual stream, and `masked_layer_norm` of the result.
+
+    stream = x + sᵦ·(branch ⊙ branch_mask),   normalized = masked_layer_norm(stream, weight, bias, mask, eps)
+
+    What stands between two sublayers of a pre-norm transformer whose residual width is searched (OFB, Ye et al., CVPR
+    2024, section 3), in one pass over memory on the Triton backend, forward and backward. Differentiable in everything
+    but sample_scale.
+
+    Args:
+        x: (B, ..., D), the residual stream, any strides; (N, D) is N samples of one row.
+        branch: of x's shape and dtype (any floating dtype under autocast), the output of an attention or MLP.
+        branch_mask: (D,), any floating dtype.
+        weight: (D,), of x's dtype (any floating dtype under autocast).
+        bias: (D,) or None.
+        mask: (D,), any floating dtype, with a positive sum.
+        eps: added to the variance.
+        sample_scale: (B,) or None, the factor s of each sample's branch: stochastic depth's 0 or 1 / keep probability.
+        backend: None, "reference", "eager" or "triton" (D up to 4096); see `dispatch`.
+
+    Returns:
+        stream, of x's shape, in the wider dtype of x and branch; normalized, in x's dtype or autocast's where it is on.
+
+    Raises:
+        ValueError: shapes or devices do not fit, eps is negative, sample_scale requires a gradient, or the backend
+            cannot serve the call.
+        TypeError: a tensor is no floating-point tensor, or dtypes cannot mix.
+    """
+    op = "masked_add_layer_norm"
+    tensors = dict(x=x, branch=branch, branch_mask=branch_mask, weight=weight, bias=bias, mask=mask)
+    check_floating(op, **tensors, **({} if sample_scale is None else {"sample_scale": sample_scale}))
+    check_shape(op, "x", x, "...", "N", "D")
+    check_shape(op, "branch", branch, *x.shape)
+    for name, vector in {"branch_mask": branch_mask, "weight": weight, "bias": bias, "mask": mask}.items():
+        check_shape(op, name, vector, x.shape[-1])
+    check_shape(op, "sample_scale", sample_scale, x.shape[0])
+    if sample_scale is not None and sample_scale.requires_grad:
+        raise ValueError(f"{op}: expected sample_scale without a gradient, got one that requires it; detach it")
+    if eps < 0:
+        raise ValueError(f"{op}: expected eps >= 0, got {eps}")
+    dtype = compute_dtype(op, x, branch=branch, weight=weight, bias=bias)
+    chosen = choose_backend(op, backend, {"x": x, "branch": branch, "mask": mask}, width_limit(x.shape[-1]))
+    if chosen == "triton":
+        inputs = x, branch, branch_mask, sample_scale, weight, bias, mask
+        return torch.ops.ofb_kernels.masked_add_layer_norm(*inputs, eps, dtype)[:2]
+    implementation = {"reference": reference, "eager": eager}[chosen]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x):
+        branch_mask, weight, mask = branch_mask.to(wide), weight.to(wide), mask.to(wide)
+        bias, sample_scale = (None if vector is None else vector.to(wide) for vector in (bias, sample_scale))
+        stream = implementation.add_branch(x, branch, branch_mask, sample_scale)
+        return stream, implementation.masked_layer_norm(stream.to(wide), weight, bias, mask, eps).to(dtype)
+
+
+@torch.library.custom_op("ofb_kernels::masked_add_layer_norm", mutates_args=())
+def _forward(
+    x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None,
+    weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from ofb_kernels.kernels import masked_layer_norm as kernel
+
+    out, stream, mean, rstd = kernel.forward(
+        x.reshape(-1, x.shape[-1]), weight, bias, mask, eps, dtype, _branch(branch, branch_mask, sample_scale)
+    )
+    return stream.view(x.shape), out.view(x.shape), mean, rstd
+
+
+@_forward.register_fake
+def _(x, branch, branch_mask, sample_scale, weight, bias, mask, eps, dtype):
+    stream = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    return stream, x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("ofb_kernels::masked_add_layer_norm_backward", mutates_args=())
+def _backward(
+    grad_stream: Tensor, grad_out: Tensor, stream: Tensor, branch: Tensor, branch_mask: Tensor,
+    sample_scale: Tensor | None, weight: Tensor, bias: Tensor | None, mask: Tensor,
+    mean: Tensor, rstd: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from ofb_kernels.kernels import masked_layer_norm as kernel
+
+    grad_stream, grad_out, rows = (each.reshape(-1, each.shape[-1]) for each in (grad_stream, grad_out, stream))
+    grad_x, grad_branch, grad_vectors = kernel.backward(
+        grad_out, rows, weight, bias, mask, mean, rstd, eps, grad_stream, _branch(branch, branch_mask, sample_scale)
+    )
+    return grad_x.view(stream.shape), grad_branch.view(branch.shape), grad_vectors
+
+
+@_backward.register_fake
+def _(grad_stream, grad_out, stream, branch, branch_mask, sample_scale, weight, bias, mask, mean, rstd, eps):
+    return stream.new_empty(stream.shape), branch.new_empty(branch.shape), mean.new_empty(4, stream.shape[-1])
+
+
+def _branch(branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None):
+    from ofb_kernels.kernels.masked_layer_norm import Branch
+
+    rows_per_sample = branch.shape[1:-1].numel()
+    return Branch(branch.reshape(-1, branch.shape[-1]), branch_mask, sample_scale, rows_per_sample)
+
+
+def _setup_context(ctx, inputs, output):
+    x, branch, branch_mask, sample_scale, weight, bias, mask, ctx.eps, _ = inputs
+    stream, _, mean, rstd = output
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(stream, branch, branch_mask, sample_scale, weight, bias, mask, mean, rstd)
+
+
+def _autograd_backward(ctx, grad_stream, grad_out, _grad_mean, _grad_rstd):
+    _, _, branch_mask, _, weight, bias, mask, _, _ = ctx.saved_tensors
+    grad_x, grad_branch, (grad_weight, grad_bias, grad_mask, grad_branch_mask) = (
+        torch.ops.ofb_kernels.masked_add_layer_norm_backward(grad_stream, grad_out, *ctx.saved_tensors, ctx.eps)
+    )
+    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+    grad_branch_mask = grad_branch_mask.to(branch_mask.dtype)
+    vectors = grad_weight.to(weight.dtype), grad_bias, grad_mask.to(mask.dtype)
+    return grad_x.to(ctx.x_dtype), grad_branch, grad_branch_mask, None, *vectors, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
