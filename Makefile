@@ -43,6 +43,7 @@ gpu: gpu-test gpu-bench  ## op tests and benchmarks on this machine's GPU, with 
 gpu-test:  ## the op tests on real kernels
 	$(PYTHON) -m pytest -q $(OP_TESTS)
 
-gpu-bench:  ## the op and step benchmarks, as CSV under benchmarks/results
+gpu-bench:  ## the step and op benchmarks: CSVs and a page under benchmarks
+	$(PYTHON) -m benchmarks.step --device cuda --quick
 	$(PYTHON) -m benchmarks.ops --device cuda --quick
-	$(PYTHON) -m benchmarks.step --device cuda
+	$(PYTHON) -m benchmarks.page

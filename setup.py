@@ -11,6 +11,7 @@ setup(
     author="OFB Kernels authors",
     license="MIT",
     packages=find_packages(include=["ofb", "ofb.*", "ofb_kernels", "ofb_kernels.*"]),
+    package_data={"ofb_kernels": ["measured.json"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -1,63 +1,87 @@
-"""Every op, forward and forward with backward, in all its forms and beside the least time the device could take.
+"""Every op, forward, backward and both, in all its forms and beside the least time the device could take.
 
     python -m benchmarks.ops --device cpu --quick
-    python -m benchmarks.ops --device cuda
+    python -m benchmarks.ops --device cuda [--quick]
 
-Shapes are those of DeiT-S and DeiT-B, data is random, variants run interleaved in one process. The floor of a pass is
-the longer of its operations at peak rate and its least bytes at peak bandwidth, both ceilings measured in the same run.
+Shapes are those of DeiT-S and DeiT-B, whole and pruned to half; data is random, variants run interleaved in one
+process. "folded" is the op's eager backend, the best form in plain PyTorch.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ofb_kernels
-from benchmarks.measure import environment, interleave, quantiles, results_folder, write_csv
+from benchmarks import floors
+from benchmarks.floors import SIZES, Sizes
+from benchmarks.measure import (
+    ceiling_columns,
+    ceilings,
+    measure,
+    results_folder,
+    that_run,
+    with_graphs,
+    write_csv,
+)
+from ofb_kernels.measured import sizes_of
 
-TOKENS = 197
-BLOCKS = 12
-WIDTHS = {"deit_small": (384, 6), "deit_base": (768, 12)}  # residual width and heads, each of 64 channels
+BACKENDS = {"reference": "reference", "folded": "eager", "triton": "triton"}
 SDPA_BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa math": SDPBackend.MATH,
 }
+PASSES = ("forward", "backward", "both")
 
 
 @dataclass
 class Case:
-    """One op on one shape: its differentiable inputs, other arguments, and MACs of the forward and the backward."""
+    """One op on one shape: its tensors, all differentiated that ask for it, and its other arguments."""
 
     op: str
-    shape: str
     inputs: dict[str, Tensor]
-    options: dict = field(default_factory=dict)
-    macs: int = 0
-    backward_macs: int = 0
-    differentiable: bool = True
+    options: dict
 
-    def run(self, backend: str) -> Tensor:
+    def run(self, backend: str) -> Tensor | tuple[Tensor, ...]:
         return getattr(ofb_kernels, self.op)(**self.inputs, **self.options, backend=backend)
+
+    def dispatched(self) -> dict[str, Tensor]:
+        """The tensors that the op's choice of backend looks at: the first and, if it has one, the mask."""
+        first, *_ = self.inputs.items()
+        return dict([first]) | {name: tensor for name, tensor in self.inputs.items() if name in ("mask", "alpha")}
+
+    def leaves(self) -> list[Tensor]:
+        return [tensor for tensor in self.inputs.values() if tensor.requires_grad]
 
 
 def main() -> None:
     arguments = parse_arguments()
+    device = arguments.device
     torch.manual_seed(0)
-    rates = ceilings() if arguments.device == "cuda" else None
-    rows = []
-    for case in cases(arguments.device, arguments.quick):
-        for name, backward in (("forward", False), ("forward+backward", True)):
-            if case.differentiable or not backward:
-                rows += measure(case, name, backward, arguments, rates)
-        torch.compiler.reset()
-    path = (arguments.output or results_folder(arguments.device)) / "ops.csv"
-    write_csv([row | environment(arguments.device) for row in rows], path)
+    functorch_config.donated_buffer = False  # a backward alone is timed over a graph that must stay
+    rates = ceilings(device)
+    path, rows = (arguments.output or results_folder(device)) / "ops.csv", []
+    for model, batch, size, sizes in shapes(device, arguments.quick):
+        for case in cases(sizes, device):
+            if arguments.op and case.op not in arguments.op:
+                continue
+            forms = forms_of(case, device)
+            for which in PASSES if case.leaves() else PASSES[:1]:
+                print(f"{case.op}, {model}, batch {batch}, {size}, {which}", flush=True)
+                about = {"benchmark": "op", "subject": f"{case.op} {model}", "batch_size": batch, "size": size}
+                shape = "x".join(map(str, sizes_of(case.dispatched())))
+                about |= {"pass": which, "shape": shape} | ceiling_columns(rates)
+                runs = runs_of(forms, case, which, device)
+                floor = None if rates is None else floor_seconds(case.op, which, sizes, rates)
+                rows += measure(runs, "folded", device, arguments.rounds, floor, about)
+                write_csv(rows, path)  # what is measured stays, should the rest not come
+            torch.compiler.reset()
     print(f"written to {path}")
 
 
@@ -65,103 +89,75 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="DeiT-S at one batch size only")
+    parser.add_argument("--op", nargs="+", help="these ops only")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each variant")
     parser.add_argument("--output", type=Path, help="folder of ops.csv; default: benchmarks/results/<device>")
     return parser.parse_args()
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    batches = (2,) if device == "cpu" else (256,) if quick else (64, 256)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def shapes(device: str, quick: bool) -> Iterator[tuple[str, int, str, Sizes]]:
+    """(model, batch size, "full" or "half", sizes)."""
+    batches = (2,) if device == "cpu" else (256,) if quick else (64, 256, 1024)
+    for model in list(SIZES)[: 1 if quick else None]:
+        for batch in batches:
+            full = Sizes(batch, **SIZES[model])
+            yield model, batch, "full", full
+            if not quick:
+                yield model, batch, "half", full.halved()
 
-    def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, device=device).to(of).requires_grad_()
+
+def cases(sizes: Sizes, device: str) -> Iterator[Case]:
+    """Every op at these sizes, as it stands in a search step: under autocast's dtype, masks and stream in float32."""
+    low = torch.bfloat16 if device == "cuda" else torch.float32
+    batch, tokens, width, hidden = sizes.batch, sizes.tokens, sizes.width, sizes.hidden
+
+    def random(*shape: int, dtype: torch.dtype = low) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
     def mask(*shape: int) -> Tensor:
         return torch.rand(shape, device=device).requires_grad_()
 
-    for model, (width, heads) in list(WIDTHS.items())[: 1 if quick else None]:
-        hidden, head_dim = 4 * width, width // heads
-        counts = (range(2, heads + 1, 2), range(16, 65, 8))
-        counts = tuple(torch.tensor(each, device=device).repeat(BLOCKS, 1) for each in counts)
-        yield Case(
-            "bimask", f"{model} all attention",
-            {"score": random(BLOCKS, heads, head_dim, of=torch.float32), "alpha": mask(BLOCKS, heads // 2, 7)},
-            {"counts": counts, "lam": torch.tensor(0.5, device=device)},
-        )  # fmt: skip
-        for batch in batches:
-            shape, rows = f"{model} batch {batch}", batch * TOKENS
-            x = random(batch, TOKENS, width)
-            fc1 = random(hidden, width), random(hidden)
-            product = rows * width * hidden
-            yield Case(
-                "masked_linear", shape,
-                {"x": x, "weight": fc1[0], "bias": fc1[1], "mask": mask(hidden)}, {"activation": "gelu"},
-                macs=product, backward_macs=2 * product,
-            )  # fmt: skip
-            fc2 = {"fc2_weight": random(width, hidden), "fc2_bias": random(width)}
-            yield Case(
-                "masked_mlp", shape,
-                {"x": x, "fc1_weight": fc1[0], "fc1_bias": fc1[1], "mask": mask(hidden)} | fc2,
-                macs=2 * product, backward_macs=4 * product,
-            )  # fmt: skip
-            scores = batch * heads * TOKENS**2 * head_dim
-            yield Case(
-                "masked_attention", shape,
-                {"qkv": random(batch, TOKENS, 3, heads, head_dim), "mask": mask(heads, head_dim)},
-                macs=2 * scores, backward_macs=5 * scores,
-            )  # fmt: skip
-            vectors = {"weight": random(width), "bias": random(width), "mask": mask(width)}
-            yield Case("masked_layer_norm", shape, {"x": x} | vectors)
-            images = torch.randn(batch, 3, 224, 224, device=device)
-            yield Case("local_norm", f"batch {batch}", {"images": images}, differentiable=False)
+    counts = (range(2, sizes.heads + 1, 2) if sizes.heads > 2 else [sizes.heads]), range(16, sizes.head_dim + 1, 8)
+    counts = tuple(torch.tensor(list(each), device=device).repeat(sizes.depth, 1) for each in counts)
+    score = random(sizes.depth, sizes.heads, sizes.head_dim, dtype=torch.float32)
+    alpha = mask(sizes.depth, counts[0].shape[1], counts[1].shape[1])
+    lam = torch.tensor(0.5, device=device)
+    yield Case("bimask", {"score": score, "alpha": alpha}, {"counts": counts, "lam": lam})
+    x, fc1 = random(batch, tokens, width), {"weight": random(hidden, width), "bias": random(hidden)}
+    yield Case("masked_linear", {"x": x, **fc1, "mask": mask(hidden)}, {"activation": "gelu"})
+    fc1 = {f"fc1_{name}": tensor for name, tensor in fc1.items()}
+    fc2 = {"fc2_weight": random(width, hidden), "fc2_bias": random(width)}
+    yield Case("masked_mlp", {"x": x, **fc1, "mask": mask(hidden), **fc2}, {})
+    qkv = random(batch, tokens, 3, sizes.heads, sizes.head_dim)
+    yield Case("masked_attention", {"qkv": qkv, "mask": mask(sizes.heads, sizes.head_dim)}, {})
+    vectors = {"weight": random(width), "bias": random(width), "mask": mask(width)}
+    yield Case("masked_layer_norm", {"x": x, **vectors}, {})
+    yield Case("masked_add_layer_norm", {"x": x, "branch": random(*x.shape), "branch_mask": mask(width), **vectors}, {})
+    yield Case("local_norm", {"images": torch.randn(batch, 3, 224, 224, device=device)}, {})
 
 
-def measure(
-    case: Case, name: str, backward: bool, arguments: argparse.Namespace, rates: tuple[float, float] | None
-) -> list[dict]:
-    """A row for each variant of one pass; prints them."""
-    out = case.run("eager")
-    seconds = interleave(variants(case, backward, out, arguments.device), arguments.device, arguments.rounds)
-    floor = None if rates is None else floor_seconds(case, backward, out, rates)
-    rows = []
-    for variant, values in seconds.items():
-        low, median, high = (round(1e3 * value, 4) for value in quantiles(values))
-        rows.append(
-            {"op": case.op, "shape": case.shape, "pass": name, "variant": variant}
-            | {"ms_20": low, "ms": median, "ms_80": high}
-            | {"floor_ms": None if floor is None else round(1e3 * floor, 4)}
-        )
-        over_floor = "" if floor is None else f"   {median / (1e3 * floor):6.2f} × floor"
-        print(f"{case.op:18} {case.shape:22} {name:17} {variant:20} {median:10.4f} ms{over_floor}", flush=True)
-    return rows
-
-
-def variants(case: Case, backward: bool, out: Tensor, device: str) -> dict[str, Callable]:
-    """Each form of the pass as a function without arguments."""
-    forwards = {
-        "reference": lambda: case.run("reference"),
-        "eager": lambda: case.run("eager"),
-        "reference + compile": torch.compile(lambda: case.run("reference"), dynamic=False),
-        "eager + compile": torch.compile(lambda: case.run("eager"), dynamic=False),
-    }
-    if device == "cuda":
-        forwards["triton"] = lambda: case.run("triton")
+def forms_of(case: Case, device: str) -> dict[str, Callable[[], object]]:
+    """Each form of the op, forward, as a function without arguments; those that cannot run here are left out."""
+    forms = {name: lambda backend=backend: case.run(backend) for name, backend in BACKENDS.items()}
+    if device == "cpu":
+        del forms["triton"]
+    for name in ("reference", "folded"):
+        forms[f"{name} + compile"] = torch.compile(forms[name], dynamic=False)
     if case.op == "masked_attention" and device == "cuda":
-        candidates = {name: on_sdpa(case, sdpa) for name, sdpa in SDPA_BACKENDS.items()}
-        forwards |= {name: forward for name, forward in candidates.items() if serves(name, forward)}
-    if not backward:
-        return forwards
-    leaves = [tensor for tensor in case.inputs.values() if tensor.requires_grad]
-    cotangent = torch.randn_like(out)
-    return {
-        name: lambda forward=forward: torch.autograd.grad(forward(), leaves, cotangent)
-        for name, forward in forwards.items()
-    }
+        forms |= {name: on_sdpa(case, sdpa) for name, sdpa in SDPA_BACKENDS.items()}
+    return that_run(forms)
+
+
+def runs_of(forms: dict[str, Callable], case: Case, which: str, device: str) -> dict[str, Callable[[], object]]:
+    """One pass of every form, on a GPU those of interest as CUDA graphs besides."""
+    runs = forms
+    if which != "forward":
+        runs = {name: _backward_of(form, case.leaves(), with_forward=which == "both") for name, form in forms.items()}
+    return with_graphs(runs, ("folded + compile", "triton") if device == "cuda" else ())
 
 
 def on_sdpa(case: Case, sdpa: SDPBackend) -> Callable[[], Tensor]:
-    """The eager form of masked attention on one backend of scaled_dot_product_attention."""
+    """The folded form of masked attention on one backend of scaled_dot_product_attention."""
 
     def run() -> Tensor:
         with sdpa_kernel(sdpa):
@@ -170,35 +166,24 @@ def on_sdpa(case: Case, sdpa: SDPBackend) -> Callable[[], Tensor]:
     return run
 
 
-def serves(name: str, forward: Callable[[], Tensor]) -> bool:
-    """Not every GPU and PyTorch has every backend of scaled_dot_product_attention."""
-    try:
-        forward()
-    except RuntimeError as error:
-        print(f"{name} is left out: {str(error).splitlines()[0]}")
-        return False
-    return True
+def floor_seconds(op: str, which: str, sizes: Sizes, rates: floors.Rates) -> float | None:
+    """The least time of a pass; None for bimask, which is all latency."""
+    if op not in floors.OPS:
+        return None
+    forward, backward = floors.OPS[op](sizes)
+    return floors.seconds({"forward": forward, "backward": backward, "both": forward + backward}[which], rates)
 
 
-def floor_seconds(case: Case, backward: bool, out: Tensor, rates: tuple[float, float]) -> float:
-    """The least time of a pass. A backward reads what the forward read and wrote, or as much, and writes gradients."""
-    operations_rate, bytes_rate = rates
-    forward_bytes = sum(tensor.nbytes for tensor in (*case.inputs.values(), out))
-    forward = max(2 * case.macs / operations_rate, forward_bytes / bytes_rate)
-    if not backward:
-        return forward
-    return forward + max(2 * case.backward_macs / operations_rate, 2 * forward_bytes / bytes_rate)
+def _backward_of(form: Callable, leaves: list[Tensor], with_forward: bool) -> Callable[[], object]:
+    outputs = _tensors(form())
+    cotangents = [torch.randn_like(output) for output in outputs]
+    if with_forward:
+        return lambda: torch.autograd.grad(_tensors(form()), leaves, cotangents)
+    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
 
 
-def ceilings() -> tuple[float, float]:
-    """Operations and bytes a second of this GPU: an 8192³ bf16 product, and a copy of 2 GiB read plus written."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source = torch.empty(2**31, device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
-    seconds = interleave({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, "cuda", rounds=20)
-    rates = 2 * 8192**3 / quantiles(seconds["product"])[1], 2 * source.nbytes / quantiles(seconds["copy"])[1]
-    print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")
-    return rates
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 if __name__ == "__main__":

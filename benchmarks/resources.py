@@ -46,6 +46,8 @@ class Resources:
     stack: int
     shared: int
     instructions: list[str]  # which of INSTRUCTIONS occur
+    warps: int  # of one block
+    occupancy: float  # share of a multiprocessor's warps that its registers and shared memory allow
 
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -112,6 +114,26 @@ LAUNCHES = (
 )
 
 
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What one multiprocessor has, from the CUDA C++ Programming Guide's table of compute capabilities."""
+
+    shared: int  # bytes, a KiB of which each block takes for itself
+    registers: int = 65_536  # given to a warp in portions of 256
+    warps: int = 64
+    blocks: int = 32
+
+    def occupancy(self, registers: int, shared: int, warps: int) -> float:
+        """Share of the warps that can be resident with blocks of `warps` warps of 32 threads."""
+        registers_of_warp = -(-registers * 32 // 256) * 256
+        by_registers = self.registers // registers_of_warp // warps
+        by_shared = self.shared // (shared + 1024)
+        return min(by_registers, by_shared, self.warps // warps, self.blocks) * warps / self.warps
+
+
+MULTIPROCESSORS = {80: Multiprocessor(shared=164 * 1024), 90: Multiprocessor(shared=228 * 1024)}
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -164,13 +186,17 @@ def _measure(arch: int, function: JITFunction, kernel, dtype: torch.dtype, optio
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        occupancy=MULTIPROCESSORS[arch].occupancy(registers, kernel.metadata.shared, kernel.metadata.num_warps),
         instructions=[name for name in INSTRUCTIONS if name in kernel.asm["ptx"]],
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], help="compute capabilities")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[90, 80], choices=sorted(MULTIPROCESSORS), help="compute capabilities"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -179,12 +205,12 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows]))
         return
-    print(f"{'kernel':44} {'sm':>3} {'dtype':9} {'regs':>4} {'stack':>5} {'shared':>7}  tile")
+    print(f"{'kernel':44} {'sm':>3} {'dtype':9} {'regs':>4} {'stack':>5} {'shared':>7} {'occupancy':>9}  tile")
     for row in rows:
         tile = " ".join(f"{k.lower()}={v}" for k, v in row.options.items() if k.startswith(("BLOCK", "num_", "STEPS")))
         print(
-            f"{row.kernel:44} {row.arch:3} {row.dtype:9} {row.registers:4} {row.stack:5} {row.shared:7}  "
-            f"{tile} {row.options.get('ACTIVATION') or ''} {'+'.join(row.instructions)}"
+            f"{row.kernel:44} {row.arch:3} {row.dtype:9} {row.registers:4} {row.stack:5} {row.shared:7} "
+            f"{row.occupancy:9.0%}  {tile} {row.options.get('ACTIVATION') or ''} {'+'.join(row.instructions)}"
         )
 
 

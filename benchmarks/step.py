@@ -1,19 +1,35 @@
 """One search step against the dense training step: forward, all losses, backward, optimizer step.
 
     python -m benchmarks.step --device cpu
-    python -m benchmarks.step --device cuda
+    python -m benchmarks.step --device cuda [--quick]
 
-Variants run interleaved in one process on synthetic images; figures are ratios to the dense step and times.
+Variants run interleaved in one process on synthetic images; figures are ratios to the dense step, times, peak memory,
+launches and, on a GPU, the least time the step could take. "half" is a supernet pruned to half of its width, heads and
+hidden units, and a dense network of that size.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import product
 
 import timm
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.measure import environment, interleave, peak_memory, quantiles, ratio_to, results_folder, write_csv
+from benchmarks import floors
+from benchmarks.floors import SIZES, Sizes
+from benchmarks.measure import (
+    ceiling_columns,
+    ceilings,
+    measure,
+    results_folder,
+    that_run,
+    with_graphs,
+    write_csv,
+)
 from ofb import Supernet
 
 # variant: (ops backend, torch.compile mode); no backend stands for the plain network's own training step
@@ -29,94 +45,121 @@ VARIANTS = {
     "package": (None, None),
 }
 CPU_VARIANTS = ("dense", "reference", "folded", "package")
-CUDA_VARIANTS = ("dense", "dense + compile", "reference", "folded", "folded + compile", "triton")  # within minutes
+CUDA_VARIANTS = tuple(name for name in VARIANTS if name != "package")
+QUICK_VARIANTS = ("dense", "dense + compile", "reference", "folded", "folded + compile", "triton")
+GRAPHS = ("dense + compile", "folded + compile", "folded + compile max-autotune", "triton")
 
 
 def main() -> None:
     arguments = parse_arguments()
     device = arguments.device
-    default_variants = CUDA_VARIANTS if device == "cuda" else CPU_VARIANTS
-    names = ["dense", *(n for n in arguments.variants or default_variants if n != "dense")]
-    batch_size = arguments.batch_size or (256 if device == "cuda" else 8)
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, 224, 224, device=device)
-    targets = torch.randint(0, 1000, (batch_size,), device=device)
-    steps = {n: make_step(arguments.model, images, targets, *VARIANTS[n], arguments.residual_mask) for n in names}
-    seconds = interleave(steps, device, arguments.rounds)
-    ratios = ratio_to(seconds, "dense")
-    rows = []
-    for name in names:
-        low, median, high = quantiles(seconds[name])
-        ratio_low, ratio, ratio_high = ratios[name]
-        rows.append(
-            {"model": arguments.model, "batch_size": batch_size, "residual_mask": arguments.residual_mask}
-            | {
-                "variant": name,
-                "ms_20": round(low * 1e3, 3),
-                "ms": round(median * 1e3, 3),
-                "ms_80": round(high * 1e3, 3),
-            }
-            | {
-                "over_dense_20": round(ratio_low, 3),
-                "over_dense": round(ratio, 3),
-                "over_dense_80": round(ratio_high, 3),
-            }
-            | {"peak_bytes": peak_memory(steps[name], device), "rounds": arguments.rounds}
-            | environment(device)
-        )
-        print(f"{name:32} {median * 1e3:9.1f} ms   {ratio:5.2f} × dense   ({ratio_low:.2f} to {ratio_high:.2f})")
-    path = results_folder(device) / f"step-{arguments.model}-{batch_size}-{arguments.residual_mask}.csv"
-    write_csv(rows, path)
-    print(f"written to {path}")
+    rates = ceilings(device)
+    for model, batch, size in product(arguments.model, arguments.batch_size, arguments.size):
+        print(f"{model}, batch {batch}, {size}, residual_mask={arguments.residual_mask}", flush=True)
+        about = {"benchmark": "step", "subject": f"{model} {arguments.residual_mask}", "batch_size": batch}
+        about |= {"size": size, "pass": "step"} | ceiling_columns(rates)
+        steps = that_run(make_steps(model, batch, size, arguments))
+        steps = with_graphs(steps, GRAPHS if device == "cuda" else ())
+        floor = None if rates is None else floor_seconds(model, batch, size, rates)
+        rows = measure(steps, "dense", device, arguments.rounds, floor, about)
+        path = results_folder(device) / f"step-{model}-{batch}-{size}-{arguments.residual_mask}.csv"
+        write_csv(rows, path)
+        print(f"written to {path}", flush=True)
+        torch.compiler.reset()
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", default="deit_small_patch16_224", help="timm name")
-    parser.add_argument("--batch-size", type=int, help="default: 8 on a CPU, 256 on CUDA")
+    parser.add_argument("--quick", action="store_true", help="DeiT-S, batch 256, full size, without the slow compilers")
+    parser.add_argument("--model", nargs="+", choices=list(SIZES), help="default: deit_small, on CUDA deit_base too")
+    parser.add_argument("--batch-size", nargs="+", type=int, help="default: 8 on a CPU, 64, 256 and 1024 on CUDA")
+    parser.add_argument("--size", nargs="+", choices=["full", "half"], help="default: full, on CUDA half too")
     parser.add_argument("--residual-mask", choices=["stream", "input"], default="stream")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each variant")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all that fit the device")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    whole = arguments.device == "cuda" and not arguments.quick
+    arguments.model = arguments.model or (list(SIZES) if whole else ["deit_small"])
+    arguments.size = arguments.size or (["full", "half"] if whole else ["full"])
+    arguments.batch_size = arguments.batch_size or ([64, 256, 1024] if whole else [8 if _on_cpu(arguments) else 256])
+    usual = CPU_VARIANTS if _on_cpu(arguments) else QUICK_VARIANTS if arguments.quick else CUDA_VARIANTS
+    arguments.variants = ["dense", *(name for name in arguments.variants or usual if name != "dense")]
+    return arguments
 
 
-def make_step(
-    model_name: str,
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    backend: str | None,
-    compile_mode: str | None,
-    residual_mask: str,
-) -> Callable[[], None]:
-    """A training step of the dense network (backend "") or a search step, as a function without arguments."""
-    device = images.device.type
-    model = timm.create_model(model_name, drop_path_rate=0.1).to(device)
-    if backend == "":
-        network, groups = model, model.parameters()
+def make_steps(model: str, batch: int, size: str, arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """A training step of the dense network, and search steps in each variant, as functions without arguments."""
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, 224, 224, device=arguments.device)
+    targets = torch.randint(0, 1000, (batch,), device=arguments.device)
+    return {
+        name: make_step(make_network(model, size, *VARIANTS[name], arguments), images, targets)
+        for name in arguments.variants
+    }
 
-        def loss_of() -> torch.Tensor:
-            return F.cross_entropy(model(images), targets, label_smoothing=0.1)
-    else:
-        network = Supernet(model, residual_mask=residual_mask, backend=backend)
-        groups = network.parameter_groups()
 
-        def loss_of() -> torch.Tensor:
+def make_network(
+    model: str, size: str, backend: str | None, compile_mode: str | None, arguments: argparse.Namespace
+) -> tuple[nn.Module, str | None]:
+    """The dense network (backend "") or a supernet, at full or half size, and how its loss is to be compiled."""
+    dense = timm.create_model(f"{model}_patch16_224", drop_path_rate=0.1).to(arguments.device)
+    if backend == "" and size == "full":
+        return dense, compile_mode
+    options = {"residual_mask": arguments.residual_mask, "backend": backend or None}
+    supernet = Supernet(dense, target="50%" if size == "full" else "15%", **options)
+    if size == "half":
+        halve(supernet)
+    return (copy.deepcopy(supernet.model) if backend == "" else supernet), compile_mode
+
+
+def halve(supernet: Supernet) -> None:
+    """Prune to half of the width, the heads and the hidden units, all smaller candidates left alive."""
+    for name, bimask in supernet.bimasks.items():
+        heads, channels = bimask.candidates.full
+        if name.startswith("attn"):
+            too_large = (bimask.head_counts > heads // 2)[:, None].expand(bimask.alpha.shape)
+        else:
+            too_large = (bimask.channel_counts > channels // 2).expand(bimask.alpha.shape)
+        bimask.alpha.data[too_large] = -100.0
+    supernet.prune()
+
+
+def make_step(network_and_mode: tuple[nn.Module, str | None], images: Tensor, targets: Tensor) -> Callable[[], None]:
+    """Forward, losses, backward and AdamW. Schedules and pruning, which come between steps, are not in it."""
+    network, compile_mode = network_and_mode
+    is_supernet = isinstance(network, Supernet)
+    groups = network.parameter_groups() if is_supernet else network.parameters()
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True, capturable=images.is_cuda)
+
+    def loss_of() -> Tensor:
+        if is_supernet:
             return network.loss(images, targets).total
+        return F.cross_entropy(network(images), targets, label_smoothing=0.1)
 
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
     compute_loss = loss_of if compile_mode is None else torch.compile(loss_of, mode=compile_mode)
 
     def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with _autocast(images):
             loss = compute_loss()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if isinstance(network, Supernet):
-            network.step(optimizer)
 
     return step
+
+
+def floor_seconds(model: str, batch: int, size: str, rates: floors.Rates) -> float:
+    full = Sizes(batch, **SIZES[model])
+    return floors.seconds(floors.step(full if size == "full" else full.halved()), rates)
+
+
+def _autocast(images: Tensor) -> AbstractContextManager:
+    return torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda)
+
+
+def _on_cpu(arguments: argparse.Namespace) -> bool:
+    return arguments.device == "cpu"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Which backend runs, and why.
 
 Order of decision: the call's own `backend=`, the innermost `use_backend(...)`, the environment's
-`OFB_KERNELS_BACKEND`, and without any of them triton where it supports the call on a CUDA device, else eager.
+`OFB_KERNELS_BACKEND`, and without any of them, on a CUDA device, the faster of triton and eager by measurement
+(`measured`), triton where nothing was measured and it supports the call; else eager.
 A backend asked for by name either serves the call or raises; it is never replaced silently.
 """
 
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from ofb_kernels.measured import TABLE, capability_of, fastest_backend, sizes_of
 
 BACKENDS = ("reference", "eager", "triton")
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,8 +57,7 @@ def choose_backend(op: str, backend: str | None, inputs: dict[str, Tensor], limi
     """
     requested, source = _request(backend)
     if requested is None:
-        first = next(iter(inputs.values()))
-        return "triton" if first.is_cuda and triton_refusal(inputs, limits) is None else "eager"
+        return _automatic(op, inputs, limits)
     _check_name(requested, source)
     if requested == "triton":
         refusal = triton_refusal(inputs, limits)
@@ -86,6 +88,15 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _automatic(op: str, inputs: dict[str, Tensor], limits: str | None) -> str:
+    first = next(iter(inputs.values()))
+    if not first.is_cuda or triton_refusal(inputs, limits) is not None:
+        return "eager"
+    if not TABLE:
+        return "triton"
+    return fastest_backend(op, sizes_of(inputs), capability_of(first.device.index)) or "triton"
 
 
 def _request(backend: str | None) -> tuple[str | None, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 import ofb_kernels.kernels
+from benchmarks.resources import MULTIPROCESSORS
 
 # Shared memory of one block, in bytes.
 SHARED_LIMITS = {90: 232_448, 80: 166_912}
@@ -86,3 +87,17 @@ def test_products_run_on_tensor_cores(compiled):
 
 def test_no_double_precision(compiled):
     assert [row for row in compiled if ".f64" in row["instructions"]] == []
+
+
+def test_occupancy():
+    sm_90 = MULTIPROCESSORS[90]
+    assert sm_90.occupancy(registers=255, shared=0, warps=8) == 8 / 64  # 65,536 registers hold one such block
+    assert sm_90.occupancy(registers=128, shared=0, warps=4) == 16 / 64
+    assert sm_90.occupancy(registers=32, shared=113 * 1024, warps=4) == 8 / 64  # two blocks of 114 KiB
+    assert sm_90.occupancy(registers=16, shared=0, warps=1) == 32 / 64  # no more blocks than 32
+
+
+def test_two_blocks_hide_each_others_latency(compiled):
+    """A multiprocessor holds two blocks of every half-precision kernel, or one of at least eight warps."""
+    half = [row for row in compiled if row["dtype"] != "float32"]
+    assert [row for row in half if row["occupancy"] * 64 < max(8, row["warps"])] == []

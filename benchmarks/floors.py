@@ -1,0 +1,203 @@
+"""The least time each op and a whole search step could take, computed from shapes: no GPU is needed.
+
+    python -m benchmarks.floors [--model deit_small deit_base] [--batch-size 64 256 1024] [--tflops 790 --tbps 4.3]
+
+A group is what one fused kernel or product does. It takes at least the longer of its operations at peak rate and its
+least bytes (each operand read once, each result written once) at peak bandwidth; a pass takes the sum of its groups.
+Activations are bfloat16, the residual stream and all parameters float32, as under autocast.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+HALF, FULL = 2, 4  # bytes of an activation, of the residual stream and of a parameter
+PATCH, PIXELS, CLASSES = 16, 3 * 224 * 224, 1000
+TFLOPS, TBPS = 790.0, 4.3  # what large bf16 products and copies reach on an H200; benchmarks.ops measures both
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Ceilings of a GPU: operations and bytes a second."""
+
+    operations: float = TFLOPS * 1e12
+    bytes: float = TBPS * 1e12
+
+
+@dataclass(frozen=True)
+class Group:
+    """Operations (two for a multiply-accumulate) and least bytes of one fused kernel or product."""
+
+    name: str
+    operations: float
+    bytes: float
+
+    def seconds(self, rates: Rates) -> float:
+        return max(self.operations / rates.operations, self.bytes / rates.bytes)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A ViT of equal blocks on `batch` images of 224 × 224 in patches of 16."""
+
+    batch: int
+    width: int
+    heads: int
+    head_dim: int
+    hidden: int
+    depth: int = 12
+    tokens: int = 197
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def attention_width(self) -> int:
+        return self.heads * self.head_dim
+
+    def halved(self) -> "Sizes":
+        """Half the residual width and hidden units, and the pairs of heads that fit into half: heads come in pairs."""
+        half = {"width": self.width // 2, "heads": self.heads // 4 * 2, "hidden": self.hidden // 2}
+        return Sizes(self.batch, head_dim=self.head_dim, depth=self.depth, tokens=self.tokens, **half)
+
+
+SIZES = {
+    "deit_small": {"width": 384, "heads": 6, "head_dim": 64, "hidden": 1536},
+    "deit_base": {"width": 768, "heads": 12, "head_dim": 64, "hidden": 3072},
+}
+
+
+def seconds(groups: Iterable[Group], rates: Rates) -> float:
+    return sum(group.seconds(rates) for group in groups)
+
+
+def product(name: str, rows: int, inner: int, columns: int, read: int = 0, written: int = 0) -> Group:
+    """(rows, inner) @ (inner, columns) of half-precision operands, and bytes that its epilogue moves besides."""
+    operands = HALF * (rows * inner + inner * columns + rows * columns)
+    return Group(name, 2 * rows * inner * columns, operands + read + written)
+
+
+# ---- the ops: (forward, backward) ----
+
+
+def masked_linear(s: Sizes) -> tuple[list[Group], list[Group]]:
+    """fc1 with bias, mask and GELU; the pre-activation is kept."""
+    pre = HALF * s.rows * s.hidden
+    forward = [product("fc1 + bias, mask, GELU", s.rows, s.width, s.hidden, written=pre)]
+    backward = [
+        Group("GELU', mask, column sums", 0, 3 * pre),
+        product("dx", s.rows, s.hidden, s.width),
+        product("dW", s.width, s.rows, s.hidden),
+    ]
+    return forward, backward
+
+
+def masked_mlp(s: Sizes) -> tuple[list[Group], list[Group]]:
+    pre = HALF * s.rows * s.hidden
+    forward = [
+        product("fc1 + bias, mask, GELU", s.rows, s.width, s.hidden, written=pre),
+        product("fc2", s.rows, s.hidden, s.width),
+    ]
+    backward = [
+        product("dhidden + GELU', mask, column sums", s.rows, s.width, s.hidden, read=pre, written=pre),
+        product("dW fc2", s.width, s.rows, s.hidden),
+        product("dx", s.rows, s.hidden, s.width),
+        product("dW fc1", s.width, s.rows, s.hidden),
+    ]
+    return forward, backward
+
+
+def masked_attention(s: Sizes) -> tuple[list[Group], list[Group]]:
+    scores = 2 * s.batch * s.heads * s.tokens**2 * s.head_dim  # operations of one of its products
+    part = HALF * s.rows * s.attention_width  # bytes of q, k, v or the result
+    return [Group("attention", 2 * scores, 4 * part)], [Group("attention backward", 5 * scores, 8 * part)]
+
+
+def masked_layer_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
+    values = s.rows * s.width
+    forward = [Group("norm", 0, (FULL + HALF) * values)]
+    return forward, [Group("norm backward", 0, (2 * FULL + HALF) * values)]
+
+
+def masked_add_layer_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
+    values = s.rows * s.width
+    forward = [Group("add + norm", 0, (2 * FULL + 2 * HALF) * values)]
+    return forward, [Group("add + norm backward", 0, (3 * FULL + 3 * HALF) * values)]
+
+
+def local_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
+    return [Group("reconstruction target", 0, 2 * FULL * s.batch * PIXELS)], []
+
+
+OPS = {op.__name__: op for op in (
+    masked_linear, masked_mlp, masked_attention, masked_layer_norm, masked_add_layer_norm, local_norm,
+)}  # fmt: skip
+
+
+# ---- the step ----
+
+
+def parameters(s: Sizes) -> int:
+    """Of the network alone; scores, logits and decoder are few beside them."""
+    block = 4 * s.width * s.attention_width + 2 * s.width * s.hidden
+    return s.depth * block + s.width * (3 * PATCH**2 + CLASSES)
+
+
+def step(s: Sizes) -> list[Group]:
+    """Forward, losses, backward and AdamW of a search step."""
+    patches = s.batch * (s.tokens - 1)
+    projections = [
+        product("qkv", s.rows, s.width, 3 * s.attention_width),
+        product("proj", s.rows, s.attention_width, s.width),
+    ]
+    mlp, attention, norm = masked_mlp(s), masked_attention(s), masked_add_layer_norm(s)
+    block = [
+        *projections, *projections, *projections,  # forward, data gradient, weight gradient
+        *mlp[0], *mlp[1], *attention[0], *attention[1], *(2 * (norm[0] + norm[1])),
+    ]  # fmt: skip
+    embedding = product("patch embedding", patches, 3 * PATCH**2, s.width)
+    return [
+        embedding, embedding,
+        *(s.depth * block),
+        *(3 * [product("decoder", patches // 4, s.width, 3 * PATCH**2)]),  # of the masked patches, at most a quarter
+        *local_norm(s)[0],
+        Group("AdamW", 0, 7 * FULL * parameters(s)),  # reads p, g, m, v, writes p, m, v
+    ]  # fmt: skip
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rates = Rates(arguments.tflops * 1e12, arguments.tbps * 1e12)
+    print(f"floors at {arguments.tflops:g} TFLOP/s and {arguments.tbps:g} TB/s")
+    print(f"{'model':10} {'batch':>5} {'size':5} {'pass':34} {'GFLOP':>9} {'MB':>9} {'ms':>9}")
+    for model in arguments.model:
+        for batch in arguments.batch_size:
+            full = Sizes(batch, **SIZES[model])
+            for size, sizes in {"full": full, "half": full.halved()}.items():
+                for name, groups in _passes(sizes):
+                    operations, moved = sum(g.operations for g in groups), sum(g.bytes for g in groups)
+                    figures = f"{operations / 1e9:9.1f} {moved / 1e6:9.1f} {1e3 * seconds(groups, rates):9.4f}"
+                    print(f"{model:10} {batch:5} {size:5} {name:34} {figures}")
+
+
+def _passes(sizes: Sizes) -> Iterable[tuple[str, list[Group]]]:
+    for name, op in OPS.items():
+        forward, backward = op(sizes)
+        yield f"{name} forward", forward
+        if backward:
+            yield f"{name} backward", backward
+    yield "step", step(sizes)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help="peak rate of bf16 products")
+    parser.add_argument("--tbps", type=float, default=TBPS, help="peak bandwidth of memory, TB/s")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

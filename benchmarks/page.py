@@ -1,0 +1,115 @@
+"""The results page: benchmarks/README.md and its pictures, from the CSVs under benchmarks/results.
+
+python -m benchmarks.page
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.measure import ROOT, read_csv
+from benchmarks.plot import draw
+
+HEADER = """# Speed and memory
+
+Written by `python -m benchmarks.page` from the CSVs under `results/`; nothing here is typed in by hand. Every time is
+the median of interleaved calls in one process on random data, ratios are medians of the rounds' ratios with the 20 and
+80 % quantiles. "floor" is the least time the card could take, from shapes and from ceilings measured in the same run
+(`python -m benchmarks.floors` prints it with no GPU). What was predicted and what came of it: [NOTES.md](NOTES.md).
+"""
+NOT_MEASURED = """
+## GPU
+
+Not measured: no result of a GPU has been committed. `make gpu-bench PYTHON=python3` writes them.
+"""
+
+Row = dict[str, str]
+
+
+def main() -> None:
+    results = ROOT / "results"
+    for folder in device_folders(results):
+        for name, rows in pictures(folder).items():
+            draw(rows, folder / name)
+    path = ROOT / "README.md"
+    path.write_text(page(results))
+    print(f"written to {path}")
+
+
+def page(results: Path) -> str:
+    """The whole page, without its pictures."""
+    folders = device_folders(results)
+    parts = [HEADER, *(device_section(folder) for folder in folders)]
+    if not any(folder.name.startswith("nvidia") for folder in folders):
+        parts.append(NOT_MEASURED)
+    return "".join(parts)
+
+
+def device_folders(results: Path) -> list[Path]:
+    return sorted(folder for folder in results.iterdir() if any(folder.glob("*.csv")))
+
+
+def pictures(folder: Path) -> dict[str, list[Row]]:
+    """Rows of each picture: the steps, and the ops whole, forward with backward, at one batch size."""
+    rows = _rows(folder)
+    steps = [row for row in rows if row["benchmark"] == "step"]
+    ops = [row for row in rows if row["benchmark"] == "op" and row["size"] == "full"]
+    batches = {row["batch_size"] for row in ops}
+    batch = "256" if "256" in batches else min(batches, default="")
+    with_backward = {row["subject"] for row in ops if row["pass"] == "both"}
+    ops = [row for row in ops if row["batch_size"] == batch]
+    ops = [row for row in ops if row["pass"] == ("both" if row["subject"] in with_backward else "forward")]
+    return {name: chosen for name, chosen in {"step.png": steps, "ops.png": ops}.items() if chosen}
+
+
+def device_section(folder: Path) -> str:
+    """Tables of one device, each under what it depends on."""
+    rows = _rows(folder)
+    parts = [f"\n## {rows[0]['device']}\n"]
+    parts += [f"\n![{name}](results/{folder.name}/{name})\n" for name in pictures(folder)]
+    for (benchmark, subject, batch, size, which), group in groupby(rows, key=_case):
+        group = list(group)
+        what = "one step" if benchmark == "step" else which
+        parts.append(f"\n### {subject}, batch {batch}, {size} size, {what}\n\n{_about(group[0])}\n\n")
+        parts.extend(f"{line}\n" for line in _table(group))
+    return "".join(parts)
+
+
+def _rows(folder: Path) -> list[Row]:
+    return [row for path in sorted(folder.glob("*.csv")) for row in read_csv(path)]
+
+
+def _case(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("benchmark", "subject", "batch_size", "size", "pass"))
+
+
+def _about(row: Row) -> str:
+    versions = f"torch {row['torch']}, Triton {row['triton']}, timm {row['timm']}"
+    threads = f", {row['threads']} threads" if row["threads"] else ""
+    ceilings = f", ceilings {row['ceiling_tflops']} TFLOP/s and {row['ceiling_tbps']} TB/s" if row["floor_ms"] else ""
+    return f"{versions}{threads}{ceilings}; {row['rounds']} rounds, commit {row['commit']}, {row['date']}."
+
+
+def _table(rows: Iterable[Row]) -> Iterator[str]:
+    rows = list(rows)
+    on_gpu = rows[0]["peak_bytes"] != ""
+    columns = [
+        "variant",
+        f"time over {rows[0]['base']}",
+        "ms",
+        *(["over floor", "peak MiB", "launches"] if on_gpu else []),
+    ]
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        graph = ", CUDA graph" if row["graph"] == "True" else ""
+        over = f"{float(row['over_base']):.2f} ({float(row['over_base_20']):.2f} to {float(row['over_base_80']):.2f})"
+        cells = [row["variant"] + graph, over, f"{float(row['ms']):.3g}"]
+        if on_gpu:
+            floor = f"{float(row['ms']) / float(row['floor_ms']):.2f}" if row["floor_ms"] else ""
+            cells += [floor, f"{int(row['peak_bytes']) / 2**20:.0f}", row["launches"]]
+        yield "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

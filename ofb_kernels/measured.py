@@ -1,0 +1,49 @@
+"""Which backend was the fastest where: decisions of the benchmark, kept as data in measured.json.
+
+The table maps a compute capability to ops, and an op to pairs of sizes and the backend that was fastest there. It is
+written by `python -m benchmarks.decide` from measured times; a capability that was never measured has no entry.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PATH = Path(__file__).with_name("measured.json")
+TABLE: Mapping[str, Mapping[str, Sequence]] = json.loads(PATH.read_text())
+
+
+def sizes_of(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """What a decision depends on: rows and columns of the first input, and the shape of the last, the mask."""
+    first, *_, last = inputs.values()
+    rest = last.shape if len(inputs) > 1 else ()
+    return first.shape[:-1].numel(), first.shape[-1], *rest
+
+
+def fastest_backend(
+    op: str,
+    sizes: Sequence[int],
+    capability: str,
+    table: Mapping[str, Mapping[str, Sequence]] = TABLE,
+) -> str | None:
+    """The backend that was fastest at the measured sizes nearest to these, None where nothing was measured.
+
+    Near is a small Σ |log(size / measured size)|: twice as many rows are as far as half as many.
+    """
+    measured = [entry for entry in table.get(capability, {}).get(op, ()) if len(entry[0]) == len(sizes)]
+    if not measured:
+        return None
+    return min(measured, key=lambda entry: _distance(entry[0], sizes))[1]
+
+
+@torch.compiler.assume_constant_result
+def capability_of(device_index: int) -> str:
+    """Compute capability of a GPU, as in "9.0"."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device_index)))
+
+
+def _distance(a: Sequence[int], b: Sequence[int]) -> float:
+    return sum(abs(math.log(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))

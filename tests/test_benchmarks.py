@@ -1,0 +1,107 @@
+"""The benchmarks measure what they say, and the results page says what was measured."""
+
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+
+import ofb_kernels
+from benchmarks import floors, page
+from benchmarks.floors import SIZES, Rates, Sizes
+from benchmarks.measure import COLUMNS, ROOT, interleave, measure, quantiles, ratio_to, read_csv, write_csv
+from benchmarks.ops import PASSES, cases, forms_of, runs_of
+from benchmarks.step import halve, make_network, make_step
+from ofb import Supernet
+from ofb.supernet.families import count_macs
+
+
+def test_quantiles_and_ratios():
+    assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert ratio_to({"a": [1.0, 4.0], "b": [2.0, 2.0]}, "b")["a"] == pytest.approx((0.8, 1.25, 1.7))
+
+
+def test_variants_run_in_turn():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = interleave(runs, "cpu", rounds=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_rows_follow_the_schema(tmp_path):
+    runs = {"base": lambda: sum(range(1000)), "slow": lambda: sum(range(100_000))}
+    about = {"benchmark": "op", "subject": "sum", "batch_size": 1, "size": "full", "pass": "forward"}
+    rows = measure(runs, "base", "cpu", 5, None, about)
+    write_csv(rows, tmp_path / "some-cpu" / "ops.csv")
+    base, slow = read_csv(tmp_path / "some-cpu" / "ops.csv")
+    assert tuple(base) == COLUMNS
+    assert float(base["over_base"]) == 1 and float(slow["over_base"]) > 10
+    text = page.page(tmp_path)
+    assert "| slow |" in text and "Not measured" in text
+
+
+def test_attention_floor_is_that_of_paper_and_pencil():
+    """B 256, H 6, N 197, d 64: 155 MB and 15.3 GFLOP forward, 310 MB and 38 GFLOP backward."""
+    (forward,), (backward,) = floors.masked_attention(Sizes(256, **SIZES["deit_small"]))
+    assert forward.bytes == pytest.approx(155e6, rel=0.01) and forward.operations == pytest.approx(15.3e9, rel=0.01)
+    assert backward.bytes == pytest.approx(310e6, rel=0.01) and backward.operations == pytest.approx(38.2e9, rel=0.01)
+    assert forward.seconds(Rates()) == pytest.approx(36e-6, rel=0.01)
+
+
+@pytest.mark.parametrize("model", list(SIZES))
+def test_step_floor_counts_the_macs_of_the_network(model):
+    """Forward and both gradients: 6 operations a MAC, the images' gradient left out, the decoder put in."""
+    sizes = Sizes(4, **SIZES[model])
+    network = timm.create_model(f"{model}_patch16_224")
+    operations = sum(group.operations for group in floors.step(sizes))
+    assert operations == pytest.approx(6 * 4 * count_macs(network), rel=0.03)
+
+
+@pytest.mark.parametrize("model", list(SIZES))
+def test_halve_prunes_to_the_sizes_of_the_floor(model):
+    supernet = Supernet(timm.create_model(f"{model}_patch16_224"), target="15%")
+    halve(supernet)
+    half = Sizes(1, **SIZES[model]).halved()
+    expected = {"embed": (1, half.width), "attn": (half.heads, half.head_dim), "mlp": (1, half.hidden)}
+    found = {name: bimask.candidates.full for name, bimask in supernet.bimasks.items()}
+    assert found == {name: expected[name.rstrip("0123456789")] for name in found}
+    assert not supernet.finished
+
+
+@pytest.mark.parametrize("backend", ["", "reference", None])
+@pytest.mark.parametrize("size", ["full", "half"])
+def test_every_step_trains(size, backend):
+    arguments = Namespace(device="cpu", residual_mask="stream")
+    torch.manual_seed(0)
+    network, mode = make_network("deit_small", size, backend, None, arguments)
+    before = network.get_parameter("blocks.0.mlp.fc1.weight" if backend == "" else "model.blocks.0.mlp.fc1.weight")
+    copy = before.detach().clone()
+    make_step((network, mode), torch.randn(1, 3, 224, 224), torch.zeros(1, dtype=torch.long))()
+    assert not torch.equal(before, copy) and before.isfinite().all()
+
+
+def test_every_op_has_a_case_and_every_case_runs(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda form, **options: form)  # compiling is tested with each op
+    sizes = Sizes(1, width=16, heads=2, head_dim=16, hidden=32, depth=2, tokens=5)
+    found = list(cases(sizes, "cpu"))
+    ops = set(ofb_kernels.__all__) - {"use_backend", "masked_qkv_attention"}
+    assert {case.op for case in found} == ops
+    for case in found:
+        forms = forms_of(case, "cpu")
+        assert forms.keys() == {"reference", "folded", "reference + compile", "folded + compile"}
+        for which in PASSES if case.leaves() else PASSES[:1]:
+            for run in runs_of(forms, case, which, "cpu").values():
+                run()
+
+
+def test_the_page_is_that_of_the_results():
+    assert (ROOT / "README.md").read_text() == page.page(ROOT / "results")
+
+
+def test_floors_print_without_a_gpu():
+    command = [sys.executable, "-m", "benchmarks.floors", "--model", "deit_small", "--batch-size", "256"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "masked_attention forward" in printed and "step" in printed
