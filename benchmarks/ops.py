@@ -53,8 +53,8 @@ class Case:
 
     def dispatched(self) -> dict[str, Tensor]:
         """The tensors that the op's choice of backend looks at: the first and, if it has one, the mask."""
-        first, *_ = self.inputs.items()
-        return dict([first]) | {name: tensor for name, tensor in self.inputs.items() if name in ("mask", "alpha")}
+        first = next(iter(self.inputs))
+        return {name: tensor for name, tensor in self.inputs.items() if name in (first, "mask")}
 
     def leaves(self) -> list[Tensor]:
         return [tensor for tensor in self.inputs.values() if tensor.requires_grad]

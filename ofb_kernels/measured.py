@@ -17,10 +17,9 @@ TABLE: Mapping[str, Mapping[str, Sequence]] = json.loads(PATH.read_text())
 
 
 def sizes_of(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """What a decision depends on: rows and columns of the first input, and the shape of the last, the mask."""
-    first, *_, last = inputs.values()
-    rest = last.shape if len(inputs) > 1 else ()
-    return first.shape[:-1].numel(), first.shape[-1], *rest
+    """What a decision depends on: rows and columns of the first input, and the mask's shape, which comes last."""
+    first, *others = inputs.values()
+    return first.shape[:-1].numel(), first.shape[-1], *(others[-1].shape if others else ())
 
 
 def fastest_backend(
