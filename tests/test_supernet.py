@@ -370,3 +370,23 @@ def test_bad_input(options, message):
 def test_model_that_cannot_be_searched():
     with pytest.raises(ValueError, match="expected a timm VisionTransformer"):
         Supernet(timm.create_model("resnet18"))
+
+
+def test_revision_tells_of_replaced_tensors():
+    """As long as the revision stays, every tensor that a step reads or writes stays where it is."""
+    supernet = Supernet(tiny_vit(), epochs=2, steps_per_epoch=6)
+    optimizer = torch.optim.AdamW(supernet.parameter_groups(architecture_lr=5.0), lr=1e-3)
+
+    def addresses():
+        tensors = [*supernet.parameters(), *supernet.buffers()]
+        return [tensor.data_ptr() for tensor in tensors] + [b.final for b in supernet.bimasks.values()]
+
+    seen, changes = {}, 0
+    for _ in range(12):
+        supernet.loss(torch.randn(4, 3, 16, 16), torch.arange(4)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        supernet.step(optimizer)
+        changes += supernet.revision not in seen and bool(seen)
+        assert addresses() == seen.setdefault(supernet.revision, addresses())
+    assert changes >= 2 and supernet.finished

@@ -33,19 +33,20 @@ def interrupt_after(monkeypatch, module, epochs: int):
     """Ctrl-C in the middle of an epoch, after `epochs` whole ones."""
     run_epoch, count = module.run_epoch, 0
 
-    def interrupted(loader, loss_of, optimization, stepped, journal, title):
+    def interrupted(loader, optimization, *rest):
         nonlocal count
         count += 1
         if count <= epochs:
-            return run_epoch(loader, loss_of, optimization, stepped, journal, title)
-        calls = iter(range(2))
+            return run_epoch(loader, optimization, *rest)
+        calls, loss_of = iter(range(2)), optimization.loss_of
 
         def loss_then_interrupt(images, targets):
             if next(calls, None) is None:
                 raise KeyboardInterrupt
             return loss_of(images, targets)
 
-        return run_epoch(loader, loss_then_interrupt, optimization, stepped, journal, title)
+        optimization.loss_of = loss_then_interrupt
+        return run_epoch(loader, optimization, *rest)
 
     monkeypatch.setattr(module, "run_epoch", interrupted)
 
@@ -79,6 +80,38 @@ def test_resumed_equals_uninterrupted(loaders, tmp_path, monkeypatch, amp):
     metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("straight", "resumed")]
     assert metrics[0] == metrics[1]
     assert [json.loads(line)["epoch"] for line in metrics[0].splitlines()] == [0, 1, 2, 3]
+
+
+def test_a_batch_in_parts_is_the_same_step(loaders):
+    """SGD without noise: the mean over the parts is the mean over the batch."""
+    options = OPTIONS | {"opt": "sgd", "lr": 0.1, "clip_grad": 1.0, "drop_path": 0.0, "model_ema": False}
+    models = [
+        ofb.train(fresh_model().double(), *doubled(loaders), TrainConfig(**options, grad_accum_steps=parts))
+        for parts in (1, 4)
+    ]
+    for whole, in_parts in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=1e-9, atol=1e-9)
+
+
+def doubled(loaders):
+    """The same images in float64, in a fixed order."""
+    images, targets = loaders[0].dataset.tensors
+    data = TensorDataset(images.double(), targets)
+    return DataLoader(data, 16), DataLoader(data, 32)
+
+
+def test_parts_divide_the_batch():
+    with pytest.raises(ValueError, match="grad_accum_steps: expected a divisor of batch_size 16, got 3"):
+        TrainConfig(**OPTIONS, grad_accum_steps=3)
+
+
+def test_no_cuda_graph_on_a_cpu(loaders, capsys):
+    """One line says why, and training goes on as it would without."""
+    options = OPTIONS | {"epochs": 1}
+    plain = ofb.train(fresh_model(), *loaders, TrainConfig(**options))
+    asked = ofb.train(fresh_model(), *loaders, TrainConfig(**options, cuda_graph=True))
+    assert_same_weights(asked, plain)
+    assert capsys.readouterr().out.count("cuda_graph: steps run without one: the device is cpu\n") == 1
 
 
 def test_best_epoch_is_delivered(loaders, tmp_path):

@@ -116,6 +116,12 @@ class TrainingConfig(RunConfig, DataConfig):
     clip_grad: float | None = None
     """Largest norm of the gradient."""
 
+    grad_accum_steps: int = 1
+    """Parts in which a batch goes through the network, one after the other; memory is that of one part."""
+
+    cuda_graph: bool = False
+    """Run each step as one CUDA graph, captured anew after a prune."""
+
     drop_path: float = 0.1
     """Stochastic depth rate of the last block; earlier blocks have less."""
 
@@ -136,7 +142,7 @@ class TrainingConfig(RunConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "epochs")
+        _at_least(self, 1, "epochs", "grad_accum_steps")
         _at_least(self, 0, "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
         _between(self, 0, 1, "drop_path", "smoothing", "reprob")
         _positive(self, "lr", "clip_grad")
@@ -144,6 +150,10 @@ class TrainingConfig(RunConfig, DataConfig):
             raise ValueError(f"warmup_epochs: expected 0 to {self.epochs} (epochs), got {self.warmup_epochs}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size: expected an even number, which mixup and cutmix need, got {self.batch_size}")
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(
+                f"grad_accum_steps: expected a divisor of batch_size {self.batch_size}, got {self.grad_accum_steps}"
+            )
         if self.resume and self.output is None:
             raise ValueError("resume: expected the run folder as well; add --output FOLDER")
         if self.opt not in list_optimizers():

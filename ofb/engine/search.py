@@ -106,12 +106,19 @@ def _search_sizes(supernet: Supernet, train_loader: Loader, val_loader: Loader, 
     supernet.to(device)
     set_drop_path(supernet.model, config.drop_path)
     groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr)
+
+    def loss_of(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        losses = vars(supernet.loss(images, targets))
+        return {"loss": losses.pop("total")} | losses
+
     optimization = Optimization(
         make_optimizer(groups, config, SEARCH_LR_AT_256),
+        loss_of,
         config,
         _warmup_epochs(config),
         len(train_loader),
         device,
+        revision=lambda: supernet.revision,
     )
     start = 0
     state = resumed_state(config, "search")
@@ -121,10 +128,6 @@ def _search_sizes(supernet: Supernet, train_loader: Loader, val_loader: Loader, 
         optimization.load_state_dict(state["optimization"])
     else:
         print(describe_reach(supernet), flush=True)
-
-    def loss_of(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        losses = vars(supernet.loss(images, targets))
-        return {"loss": losses.pop("total")} | losses
 
     def stepped() -> None:
         supernet.step(optimization.optimizer)
@@ -136,7 +139,7 @@ def _search_sizes(supernet: Supernet, train_loader: Loader, val_loader: Loader, 
             seed_everything(config.seed, "search", epoch)
             supernet.train()
             title = f"{epoch + 1}/{config.epochs}"
-            losses = run_epoch(train_loader, loss_of, optimization, stepped, journal, title)
+            losses = run_epoch(train_loader, optimization, stepped, journal, title)
             figures = {f"val_{name}": value for name, value in evaluate(supernet, val_loader, config).items()}
             figures["expected_macs"] = supernet.expected_macs()
             alive = supernet.alive_candidates()

@@ -20,16 +20,18 @@ from torch.optim import Optimizer
 
 from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
 from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig, to_dict
+from ofb.engine.graph import StepGraph
 from ofb.engine.journal import Journal
 from ofb.supernet.losses import classification_loss
 
 TRAIN_LR_AT_256 = 1.5e-4
 TRAIN_WARMUP_EPOCHS = 5
 STEPS_BETWEEN_NOTES = 50  # reading losses makes the host wait for the device
-FREE_ON_RESUME = {"device", "workers", "backend", "output", "resume"}
+FREE_ON_RESUME = {"device", "workers", "backend", "cuda_graph", "output", "resume"}
 
 Loader = Iterable[tuple[Tensor, Tensor]]  # with a length: batches of images and class indices
 LossOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def train(
@@ -64,12 +66,13 @@ def train(
         make_optimizer(
             model, config, TRAIN_LR_AT_256, weight_decay=config.weight_decay, layer_decay=config.layer_decay
         ),
+        lambda images, targets: {"loss": classification_loss(model(images), targets, config.smoothing)},
         config,
         config.shortened_warmup(TRAIN_WARMUP_EPOCHS),
         len(train_loader),
         device,
     )
-    loss_of = _loss_of(model, config)
+    mix = make_mix(model, config)
     kept, best, start = model if ema is None else ema.module, Best(), 0
     state = resumed_state(config, stage)
     if state is not None:
@@ -86,7 +89,7 @@ def train(
         for epoch in range(start, config.epochs):
             seed_everything(config.seed, stage, epoch)
             model.train()
-            losses = run_epoch(train_loader, loss_of, optimization, stepped, journal, f"{epoch + 1}/{config.epochs}")
+            losses = run_epoch(train_loader, optimization, stepped, journal, f"{epoch + 1}/{config.epochs}", mix)
             metrics = evaluate(kept, val_loader, config)
             best.offer(kept, epoch, metrics)
             journal.record(epoch, config.epochs, losses | {f"val_{key}": value for key, value in metrics.items()})
@@ -132,25 +135,36 @@ def make_optimizer(
 ) -> Optimizer:
     """The config's timm optimizer over a model or over parameter groups, torch's own in a single kernel."""
     if config.opt == "adamw":
-        options["fused"] = True
+        options |= {"fused": True, "capturable": config.cuda_graph and pick_device(config).type == "cuda"}
     return create_optimizer_v2(parameters, opt=config.opt, lr=config.scaled_lr(lr_at_256), **options)
 
 
 class Optimization:
-    """Optimizer, cosine schedule with warm-up and loss scaling: one thing to step and to save.
+    """Steps down a loss: optimizer, cosine schedule with warm-up, loss scaling, accumulation; one thing to save.
 
     The schedule is a function of the number of steps, so that number is all it needs to resume.
+
+    Args:
+        optimizer: over the parameters to train.
+        loss_of: named losses of a batch, 0-d tensors; "loss" is the one that is minimized.
+        config: the recipe.
+        warmup_epochs: length of the warm-up.
+        steps_per_epoch: optimizer steps in an epoch.
+        device: of the parameters.
+        revision: a number that changes whenever tensors were replaced, so that a CUDA graph would be stale.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
+        loss_of: LossOf,
         config: TrainingConfig,
         warmup_epochs: float,
         steps_per_epoch: int,
         device: torch.device,
+        revision: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.optimizer, self.config, self.device = optimizer, config, device
+        self.optimizer, self.loss_of, self.config, self.device = optimizer, loss_of, config, device
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.schedule = CosineLRScheduler(
             optimizer,
@@ -161,20 +175,16 @@ class Optimization:
             t_in_epochs=False,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+        self.graph = StepGraph(self._descend, optimizer, revision) if self._captures() else None
         self.steps = 0
         self.schedule.step_update(0)
 
-    def step(self, loss: Tensor) -> None:
-        """One optimizer step down this loss."""
-        self.scaler.scale(loss).backward()
-        if self.config.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+    def step(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """One optimizer step on a batch; the losses from before it."""
+        losses = (self._descend if self.graph is None else self.graph)(images, targets)
         self.steps += 1
         self.schedule.step_update(self.steps)
+        return losses
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "steps": self.steps}
@@ -184,36 +194,68 @@ class Optimization:
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
+    def _descend(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Forward and backward of each part of the batch, then the update: nothing here waits for the device."""
+        totals: dict[str, Tensor] = {}
+        parts = self.config.grad_accum_steps
+        for part_images, part_targets in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+            share = len(part_images) / len(images)
+            with autocast(self.config, self.device):
+                losses = {name: loss * share for name, loss in self.loss_of(part_images, part_targets).items()}
+            self.scaler.scale(losses["loss"]).backward()
+            totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return totals
+
+    def _captures(self) -> bool:
+        """Whether steps become a CUDA graph; says why not where the config asks for it."""
+        if not self.config.cuda_graph:
+            return False
+        reasons = {
+            f"the device is {self.device.type}": self.device.type != "cuda",
+            "float16 loss scaling decides on the host": self.scaler.is_enabled(),
+            f"only adamw can be captured, not {self.config.opt}": self.config.opt != "adamw",
+        }
+        for reason in (reason for reason, applies in reasons.items() if applies):
+            print(f"cuda_graph: steps run without one: {reason}", flush=True)
+            return False
+        return True
+
 
 def run_epoch(
     loader: Loader,
-    loss_of: LossOf,
     optimization: Optimization,
     stepped: Callable[[], None],
     journal: Journal,
     title: str,
+    mix: Mix | None = None,
 ) -> dict[str, float]:
-    """Train for an epoch and return the mean of each loss; "loss" is the one that is minimized.
+    """Train for an epoch and return the mean of each loss.
 
     Args:
         loader: the images.
-        loss_of: named losses of a batch, 0-d tensors.
-        optimization: steps down the losses.
+        optimization: steps down its losses.
         stepped: called after each step.
         journal: shows the progress.
         title: of the progress bar.
+        mix: what is done to each batch before the step, drawn on the host.
     """
-    config, device = optimization.config, optimization.device
+    device = optimization.device
     sums, count = {}, 0
     with journal.progress(loader, len(loader), title) as (batches, note):
         for images, targets in batches:
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            with autocast(config, device):
-                losses = loss_of(images, targets)
-            optimization.step(losses["loss"])
+            if mix is not None:
+                images, targets = mix(images, targets)
+            losses = optimization.step(images, targets)
             stepped()
             count += 1
-            sums = {name: sums.get(name, 0) + loss.detach().double() for name, loss in losses.items()}
+            sums = {name: sums.get(name, 0) + loss.double() for name, loss in losses.items()}
             if count % STEPS_BETWEEN_NOTES == 0:
                 note(_finite_means(sums, count, title))
     return _finite_means(sums, count, title)
@@ -315,14 +357,8 @@ class Best:
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
-def _loss_of(model: nn.Module, config: TrainConfig) -> LossOf:
-    """Cross entropy of a batch, mixed first where the config says so."""
+def make_mix(model: nn.Module, config: TrainConfig) -> Mix | None:
+    """timm's mixup and cutmix, None where the config has neither."""
     if not config.mixup and not config.cutmix:
-        return lambda images, targets: {"loss": classification_loss(model(images), targets, config.smoothing)}
-    mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)
-
-    def mixed_loss(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        images, targets = mix(images, targets)
-        return {"loss": classification_loss(model(images), targets, config.smoothing)}
-
-    return mixed_loss
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)

@@ -112,6 +112,7 @@ class Supernet(nn.Module):
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
         self.register_buffer("patch_ratio", torch.zeros((), **like), persistent=False)
+        self.revision = 0  # of the tensors behind the step: whoever holds on to them looks here
         self._build_stacks()
         names = [name for stack in self.stacks.values() for name in stack.names]
         rates = torch.tensor(self.macs.rates(names), device=weight.device, dtype=torch.float32)
@@ -340,6 +341,7 @@ class Supernet(nn.Module):
 
     def _build_stacks(self) -> None:
         """Attention has heads, the rest has none: in one stack, most of it would be filling."""
+        self.revision += 1
         kinds = {"attention": {}, "others": {}}
         for name, bimask in self.bimasks.items():
             kinds["attention" if name.startswith("attn") else "others"][name] = bimask
