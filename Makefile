@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm masked_add_layer_norm local_norm \
-	dispatch nn supernet graph,tests/test_$(module).py)
+	dispatch nn supernet graph deit_shapes,tests/test_$(module).py)
 
 DEMO := --batch-size 64 --drop-path 0 --mixup 0 --cutmix 0
 DEMO_DENSE := --model vit_tiny_patch16_224 --model-kwargs embed_dim=96 depth=4 num_heads=4 --epochs 100 --lr 2e-3

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -167,6 +168,11 @@ def ceilings(device: str) -> Rates | None:
     rates = Rates(2 * 8192**3 / quantiles(seconds["product"])[1], 2 * source.nbytes / quantiles(seconds["copy"])[1])
     print(f"ceilings: {rates.operations / 1e12:.0f} TFLOP/s, {rates.bytes / 1e12:.2f} TB/s", flush=True)
     return rates
+
+
+def mixed_precision(device: str) -> AbstractContextManager:
+    """bfloat16 autocast on a GPU, float32 on a CPU."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
 
 
 def ceiling_columns(rates: Rates | None) -> dict[str, float]:

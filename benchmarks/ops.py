@@ -24,6 +24,7 @@ from benchmarks.measure import (
     ceiling_columns,
     ceilings,
     measure,
+    mixed_precision,
     results_folder,
     that_run,
     with_graphs,
@@ -49,7 +50,8 @@ class Case:
     options: dict
 
     def run(self, backend: str) -> Tensor | tuple[Tensor, ...]:
-        return getattr(ofb_kernels, self.op)(**self.inputs, **self.options, backend=backend)
+        with mixed_precision(next(iter(self.inputs.values())).device.type):
+            return getattr(ofb_kernels, self.op)(**self.inputs, **self.options, backend=backend)
 
     def dispatched(self) -> dict[str, Tensor]:
         """The tensors that the op's choice of backend looks at: the first and, if it has one, the mask."""
@@ -107,7 +109,7 @@ def shapes(device: str, quick: bool) -> Iterator[tuple[str, int, str, Sizes]]:
 
 
 def cases(sizes: Sizes, device: str) -> Iterator[Case]:
-    """Every op at these sizes, as it stands in a search step: under autocast's dtype, masks and stream in float32."""
+    """Every op at these sizes, as in a search step: activations in autocast's dtype, masks and stream in float32."""
     low = torch.bfloat16 if device == "cuda" else torch.float32
     batch, tokens, width, hidden = sizes.batch, sizes.tokens, sizes.width, sizes.hidden
 
@@ -130,9 +132,11 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     yield Case("masked_mlp", {"x": x, **fc1, "mask": mask(hidden), **fc2}, {})
     qkv = random(batch, tokens, 3, sizes.heads, sizes.head_dim)
     yield Case("masked_attention", {"qkv": qkv, "mask": mask(sizes.heads, sizes.head_dim)}, {})
-    vectors = {"weight": random(width), "bias": random(width), "mask": mask(width)}
-    yield Case("masked_layer_norm", {"x": x, **vectors}, {})
-    yield Case("masked_add_layer_norm", {"x": x, "branch": random(*x.shape), "branch_mask": mask(width), **vectors}, {})
+    stream = random(batch, tokens, width, dtype=torch.float32)
+    vectors = {name: random(width, dtype=torch.float32) for name in ("weight", "bias")} | {"mask": mask(width)}
+    yield Case("masked_layer_norm", {"x": stream, **vectors}, {})
+    branch = {"branch": random(batch, tokens, width), "branch_mask": mask(width)}
+    yield Case("masked_add_layer_norm", {"x": stream, **branch, **vectors}, {})
     yield Case("local_norm", {"images": torch.randn(batch, 3, 224, 224, device=device)}, {})
 
 

@@ -11,7 +11,6 @@ hidden units, and a dense network of that size.
 import argparse
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from itertools import product
 
 import timm
@@ -25,6 +24,7 @@ from benchmarks.measure import (
     ceiling_columns,
     ceilings,
     measure,
+    mixed_precision,
     results_folder,
     that_run,
     with_graphs,
@@ -140,7 +140,7 @@ def make_step(network_and_mode: tuple[nn.Module, str | None], images: Tensor, ta
     compute_loss = loss_of if compile_mode is None else torch.compile(loss_of, mode=compile_mode)
 
     def step() -> None:
-        with _autocast(images):
+        with mixed_precision(images.device.type):
             loss = compute_loss()
         loss.backward()
         optimizer.step()
@@ -152,10 +152,6 @@ def make_step(network_and_mode: tuple[nn.Module, str | None], images: Tensor, ta
 def floor_seconds(model: str, batch: int, size: str, rates: floors.Rates) -> float:
     full = Sizes(batch, **SIZES[model])
     return floors.seconds(floors.step(full if size == "full" else full.halved()), rates)
-
-
-def _autocast(images: Tensor) -> AbstractContextManager:
-    return torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda)
 
 
 def _on_cpu(arguments: argparse.Namespace) -> bool:

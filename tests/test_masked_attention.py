@@ -28,6 +28,13 @@ def test_matches_float64(backend, dtype, tokens, head_dim, device):
     check_op(masked_attention, inputs, {}, backend, reduction=2 * tokens)
 
 
+@pytest.mark.parametrize("head_dim", range(16, 129, 8))
+def test_every_head_dim_a_search_can_reach(head_dim, device):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    inputs = make_inputs(1, 50, 2, head_dim, dtype, device)
+    check_op(masked_attention, inputs, {}, "triton", reduction=head_dim)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
     batch=st.integers(1, 3),
