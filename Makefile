@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm masked_add_layer_norm local_norm \
-	dispatch nn supernet graph deit_shapes,tests/test_$(module).py)
+	dispatch nn supernet graph deit_shapes tuning,tests/test_$(module).py)
 
 DEMO := --batch-size 64 --drop-path 0 --mixup 0 --cutmix 0
 DEMO_DENSE := --model vit_tiny_patch16_224 --model-kwargs embed_dim=96 depth=4 num_heads=4 --epochs 100 --lr 2e-3
@@ -13,7 +13,7 @@ DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 --architecture-lr 0.02 \
 	--finetune-epochs 40 --finetune-lr 1e-3 --layer-decay None --no-model-ema
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench gpu gpu-test gpu-bench
+.PHONY: help install demo test bench gpu gpu-test gpu-bench gpu-tune
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,3 +47,7 @@ gpu-bench:  ## the step and op benchmarks: CSVs and a page under benchmarks
 	$(PYTHON) -m benchmarks.step --device cuda --quick
 	$(PYTHON) -m benchmarks.ops --device cuda --quick
 	$(PYTHON) -m benchmarks.page
+
+gpu-tune:  ## tune the kernels on this GPU, and ship what was fastest in ofb_kernels/measured.json
+	OFB_KERNELS_AUTOTUNE=1 $(PYTHON) -m benchmarks.ops --device cuda --quick
+	$(PYTHON) -m benchmarks.decide

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ofb_kernels.measured import TABLE, capability_of, fastest_backend, sizes_of
+from ofb_kernels.measured import TABLE, capability_of, nearest, sizes_of
 
 BACKENDS = ("reference", "eager", "triton")
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,7 +96,8 @@ def _automatic(op: str, inputs: dict[str, Tensor], limits: str | None) -> str:
         return "eager"
     if not TABLE:
         return "triton"
-    return fastest_backend(op, sizes_of(inputs), capability_of(first.device.index)) or "triton"
+    backends = TABLE.get(capability_of(first.device.index), {}).get("backends", {})
+    return nearest(backends.get(op, ()), sizes_of(inputs)) or "triton"
 
 
 def _request(backend: str | None) -> tuple[str | None, str]:

@@ -1,19 +1,21 @@
-"""Which backend was the fastest where: decisions of the benchmark, kept as data in measured.json.
+"""What was the fastest where: decisions of the benchmark, kept as data in measured.json.
 
-The table maps a compute capability to ops, and an op to pairs of sizes and the backend that was fastest there. It is
-written by `python -m benchmarks.decide` from measured times; a capability that was never measured has no entry.
+The table maps a compute capability to "backends" and "configurations": for an op, pairs of sizes and the backend that
+was fastest there; for a kernel, pairs of sizes and its fastest configuration. It is written by
+`python -m benchmarks.decide` from measured times; a capability that was never measured has no entry.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PATH = Path(__file__).with_name("measured.json")
-TABLE: Mapping[str, Mapping[str, Sequence]] = json.loads(PATH.read_text())
+TABLE: Mapping[str, Mapping[str, Mapping[str, Sequence]]] = json.loads(PATH.read_text())
 
 
 def sizes_of(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -22,17 +24,12 @@ def sizes_of(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
     return first.shape[:-1].numel(), first.shape[-1], *(others[-1].shape if others else ())
 
 
-def fastest_backend(
-    op: str,
-    sizes: Sequence[int],
-    capability: str,
-    table: Mapping[str, Mapping[str, Sequence]] = TABLE,
-) -> str | None:
-    """The backend that was fastest at the measured sizes nearest to these, None where nothing was measured.
+def nearest(entries: Sequence[tuple[Sequence[int], Any]], sizes: Sequence[int]) -> Any | None:
+    """What was decided at the measured sizes nearest to these, None where nothing was measured.
 
     Near is a small Σ |log(size / measured size)|: twice as many rows are as far as half as many.
     """
-    measured = [entry for entry in table.get(capability, {}).get(op, ()) if len(entry[0]) == len(sizes)]
+    measured = [entry for entry in entries if len(entry[0]) == len(sizes)]
     if not measured:
         return None
     return min(measured, key=lambda entry: _distance(entry[0], sizes))[1]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,22 +12,21 @@ from benchmarks.decide import decisions
 from benchmarks.measure import COLUMNS, write_csv
 from benchmarks.ops import cases
 from ofb_kernels import dispatch
-from ofb_kernels.measured import PATH, fastest_backend, sizes_of
+from ofb_kernels.measured import PATH, nearest, sizes_of
 
-TABLE = {"9.0": {"masked_mlp": [[[1000, 384, 1536], "eager"], [[50_000, 384, 1536], "triton"]]}}
+ENTRIES = [[[1000, 384, 1536], "eager"], [[50_000, 384, 1536], "triton"]]
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(10, "eager"), (6000, "eager"), (8000, "triton"), (10**6, "triton")])
 def test_nearest_sizes_decide(rows, expected):
     """The middle of 1,000 and 50,000 rows on a logarithmic scale is 7,071."""
-    assert fastest_backend("masked_mlp", (rows, 384, 1536), "9.0", TABLE) == expected
+    assert nearest(ENTRIES, (rows, 384, 1536)) == expected
 
 
 def test_nothing_measured():
-    assert fastest_backend("masked_mlp", (10, 384, 1536), "8.0", TABLE) is None
-    assert fastest_backend("masked_linear", (10, 384, 1536), "9.0", TABLE) is None
-    assert fastest_backend("masked_mlp", (10, 384), "9.0", TABLE) is None
-    assert fastest_backend("masked_mlp", (0, 384, 1536), "9.0", TABLE) == "eager"
+    assert nearest([], (10, 384, 1536)) is None
+    assert nearest(ENTRIES, (10, 384)) is None
+    assert nearest(ENTRIES, (0, 384, 1536)) == "eager"
 
 
 def test_sizes_are_rows_columns_and_the_mask():
@@ -53,10 +53,28 @@ def test_the_benchmark_and_the_ops_see_the_same_sizes(monkeypatch):
 
 
 def test_shipped_table_is_valid():
-    for capability, ops in json.loads(PATH.read_text()).items():
-        assert float(capability) >= 7
-        for entries in ops.values():
+    for capability, decided in json.loads(PATH.read_text()).items():
+        assert float(capability) >= 7 and decided.keys() == {"backends", "configurations"}
+        for entries in decided["backends"].values():
             assert all(backend in dispatch.BACKENDS and all(size > 0 for size in sizes) for sizes, backend in entries)
+        for entries in decided["configurations"].values():
+            assert all("num_warps" in found and all(size > 0 for size in sizes) for sizes, found in entries)
+
+
+def test_dispatch_follows_the_table(monkeypatch):
+    """On a CPU there is nothing to dispatch: the tensor only claims to be on a GPU."""
+    monkeypatch.setattr(dispatch, "TABLE", {"9.0": {"backends": {"masked_mlp": ENTRIES}}})
+    monkeypatch.setattr(dispatch, "capability_of", lambda index: "9.0")
+    monkeypatch.setattr(dispatch, "triton_refusal", lambda inputs, limits: None)
+    few, many = (_OnGpu(shape=torch.Size((rows, 384))) for rows in (1000, 50_000))
+    mask = torch.empty(1536)
+    assert dispatch.choose_backend("masked_mlp", None, {"x": few, "mask": mask}) == "eager"
+    assert dispatch.choose_backend("masked_mlp", None, {"x": many, "mask": mask}) == "triton"
+    assert dispatch.choose_backend("masked_linear", None, {"x": few, "mask": mask}) == "triton"
+
+
+class _OnGpu(SimpleNamespace):
+    is_cuda, device = True, SimpleNamespace(index=0)
 
 
 def row(subject, variant, ms, which="both", graph="False", capability="9.0"):
@@ -83,11 +101,14 @@ def test_decide_keeps_other_capabilities(tmp_path):
     table = tmp_path / "measured.json"
     table.write_text(json.dumps({"8.0": {"bimask": [[[1, 2], "eager"]]}, "9.0": {"bimask": [[[1, 2], "eager"]]}}))
     write_csv([row("masked_mlp", "triton", 2.0), row("masked_mlp", "folded", 1.0)], tmp_path / "ops.csv")
+    configurations = {"masked_mlp.backward 2 bytes": [[[1024, 384], {"BLOCK_M": 128}]]}
+    (tmp_path / "tuned.json").write_text(json.dumps({"9.0": configurations, "8.0": {}}))
     command = [sys.executable, "-m", "benchmarks.decide", tmp_path / "ops.csv", "--output", table]
-    subprocess.run(command, check=True)
+    subprocess.run([*command, "--tuned", tmp_path / "tuned.json"], check=True)
     found = json.loads(table.read_text())
     assert found.keys() == {"8.0", "9.0"}
-    assert found["9.0"] == {"masked_mlp": [[[1000, 384, 1536], "eager"]]}
+    backends = {"masked_mlp": [[[1000, 384, 1536], "eager"]]}
+    assert found["9.0"] == {"backends": backends, "configurations": configurations}
 
 
 def test_decide_refuses_what_no_gpu_measured(tmp_path):

@@ -41,8 +41,10 @@ def kernel_modules() -> dict:
 def shipped_configurations(module) -> Iterator[dict]:
     """All configurations of a module but those of float64, which is only ever interpreted."""
 
-    def leaves(entry: dict) -> Iterator[dict]:
-        if "num_warps" in entry:
+    def leaves(entry: dict | tuple) -> Iterator[dict]:
+        if isinstance(entry, tuple):
+            yield from entry
+        elif "num_warps" in entry:
             yield entry
         else:
             for key, value in entry.items():

@@ -14,32 +14,56 @@ Queries and keys past the last token are loaded as zeros. The mask's gradient is
 up by one reduction: no atomics, the same bits every time.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ofb_kernels.kernels.common import accumulator_dtype, dot_precision, on_device_of
+from ofb_kernels.kernels.tuning import Result, run_configured
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps and pipeline stages, for each element size in bytes (8:
-# interpreted only) and padded head width. In float32 a product takes no tensor cores and its tiles must be small.
+# interpreted only) and padded head width; the default first. In float32 a product takes no tensor cores and its tiles
+# must be small. Where all keys are in one tile, the softmax takes them at once.
 FORWARD_CONFIGURATIONS = {
-    (2, 64): dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-    (2, 128): dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
-    (4, 64): dict(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=2),
-    (4, 128): dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),
-    (8, 64): dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
-    (8, 128): dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+    (2, 64): (
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        dict(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=1),
+    ),
+    (2, 128): (
+        dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
+        dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+    ),
+    (4, 64): (dict(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=2),),
+    (4, 128): (dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),),
+    (8, 64): (dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),),
+    (8, 128): (dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),),
 }
 BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
-    (2, 64): dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-    (2, 128): dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+    (2, 64): (
+        dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+    ),
+    (2, 128): (
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+    ),
 }
 BACKWARD_KEY_VALUE_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
-    (2, 64): dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
-    (2, 128): dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+    (2, 64): (
+        dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
+        dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+    ),
+    (2, 128): (
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+        dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
+    ),
 }
 
 
@@ -48,14 +72,17 @@ def forward(qkv: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     log_sum_exp = qkv.new_empty((batch, heads, tokens), dtype=torch.promote_types(qkv.dtype, torch.float32))
-    configuration = _configuration(FORWARD_CONFIGURATIONS, qkv)
+    mask = mask.contiguous()
+
+    def launch(configuration: dict) -> None:
+        _forward_kernel[(batch * heads * triton.cdiv(tokens, configuration["BLOCK_M"]),)](
+            qkv, mask, out, log_sum_exp,
+            tokens, heads, *qkv.stride(),
+            WHOLE_ROW=tokens <= configuration["BLOCK_N"], SCALE=scale, **_constants(qkv), **configuration,
+        )  # fmt: skip
+
     if qkv.numel() > 0:
-        with on_device_of(qkv):
-            _forward_kernel[(batch * heads * triton.cdiv(tokens, configuration["BLOCK_M"]),)](
-                qkv, mask.contiguous(), out, log_sum_exp,
-                tokens, heads, *qkv.stride(),
-                SCALE=scale, HEAD_DIM=head_dim, **_constants(qkv), **configuration,
-            )  # fmt: skip
+        _run("forward", FORWARD_CONFIGURATIONS, qkv, launch)
     return out, log_sum_exp
 
 
@@ -66,31 +93,43 @@ def backward(
     batch, tokens, _, heads, head_dim = qkv.shape
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sum_exp)
-    query = _configuration(BACKWARD_QUERY_CONFIGURATIONS, qkv)
-    key_value = _configuration(BACKWARD_KEY_VALUE_CONFIGURATIONS, qkv)
-    tiles_m, tiles_n = triton.cdiv(tokens, query["BLOCK_M"]), triton.cdiv(tokens, key_value["BLOCK_N"])
-    partial_query = delta.new_empty(batch, heads, tiles_m, head_dim)
-    partial_value = delta.new_empty(batch, heads, tiles_n, head_dim)
     sizes = (tokens, heads, *qkv.stride(), *grad_out.stride())
-    constants = dict(SCALE=scale, HEAD_DIM=head_dim, **_constants(qkv))
+    constants = dict(SCALE=scale, **_constants(qkv))
     mask = mask.contiguous()
-    if qkv.numel() > 0:
-        with on_device_of(qkv):
-            _backward_query_kernel[(batch * heads * tiles_m,)](
-                grad_out, qkv, mask, out, log_sum_exp, delta, grad_qkv, partial_query, *sizes, **constants, **query
-            )
-            _backward_key_value_kernel[(batch * heads * tiles_n,)](
-                grad_out, qkv, mask, log_sum_exp, delta, grad_qkv, partial_value, *sizes, **constants, **key_value
-            )
-    return grad_qkv, partial_query.sum((0, 2)) + partial_value.sum((0, 2))
+
+    def launch_query(configuration: dict) -> Tensor:
+        tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
+        partial = delta.new_empty(batch, heads, tiles, head_dim)
+        _backward_query_kernel[(batch * heads * tiles,)](
+            grad_out, qkv, mask, out, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
+        )
+        return partial.sum((0, 2))
+
+    def launch_key_value(configuration: dict) -> Tensor:
+        tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
+        partial = delta.new_empty(batch, heads, tiles, head_dim)
+        _backward_key_value_kernel[(batch * heads * tiles,)](
+            grad_out, qkv, mask, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
+        )
+        return partial.sum((0, 2))
+
+    if qkv.numel() == 0:
+        return grad_qkv, delta.new_zeros(heads, head_dim)
+    grad_mask = _run("backward_query", BACKWARD_QUERY_CONFIGURATIONS, qkv, launch_query)
+    return grad_qkv, grad_mask + _run("backward_key_value", BACKWARD_KEY_VALUE_CONFIGURATIONS, qkv, launch_key_value)
 
 
-def _configuration(configurations: dict, qkv: Tensor) -> dict:
-    return configurations[qkv.element_size(), 64 if qkv.shape[-1] <= 64 else 128]
+def _run(kernel: str, configurations: dict, qkv: Tensor, launch: Callable[[dict], Result]) -> Result:
+    batch, tokens, _, heads, head_dim = qkv.shape
+    size, width = qkv.element_size(), 64 if head_dim <= 64 else 128
+    kernel = f"masked_attention.{kernel} {size} bytes, {width} wide"
+    with on_device_of(qkv):
+        return run_configured(kernel, configurations[size, width], (batch * heads, tokens, head_dim), qkv, launch)
 
 
 def _constants(qkv: Tensor) -> dict:
     return dict(
+        HEAD_DIM=qkv.shape[-1],
         BLOCK_D=max(16, triton.next_power_of_2(qkv.shape[-1])),
         ACCUMULATOR=accumulator_dtype(qkv),
         PRECISION=dot_precision(),
@@ -102,7 +141,7 @@ def _forward_kernel(
     qkv_ptr, mask_ptr, out_ptr, log_sum_exp_ptr,
     tokens, heads,
     stride_b, stride_n, stride_part, stride_h, stride_d,
-    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, all keys."""
@@ -115,24 +154,32 @@ def _forward_kernel(
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
     scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
 
-    row_max = tl.full((BLOCK_M,), float("-inf"), ACCUMULATOR)
-    row_sum = tl.zeros((BLOCK_M,), ACCUMULATOR)
-    attended = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
-    for start_n in range(0, tokens, BLOCK_N):
-        offsets_n = start_n + tl.arange(0, BLOCK_N)
-        in_keys = offsets_n < tokens
-        k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-        v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-        scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        scores = tl.where(in_keys[None, :], scores, float("-inf"))  # (BLOCK_M, BLOCK_N)
-        # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shrink = tl.exp2(row_max - new_max)
-        p = tl.exp2(scores - new_max[:, None])
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        attended = attended * shrink[:, None]
-        attended = tl.dot(p.to(v.dtype), v, attended, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        row_max = new_max
+    if WHOLE_ROW:
+        scores, v = _scores_and_v(
+            scaled_q, qkv_ptr, 0, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
+            ACCUMULATOR, PRECISION, BLOCK_N,
+        )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
+        row_max = tl.max(scores, 1)
+        p = tl.exp2(scores - row_max[:, None])
+        row_sum = tl.sum(p, 1)
+        attended = tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACCUMULATOR)  # (BLOCK_M, BLOCK_D)
+    else:
+        row_max = tl.full((BLOCK_M,), float("-inf"), ACCUMULATOR)
+        row_sum = tl.zeros((BLOCK_M,), ACCUMULATOR)
+        attended = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
+        for start_n in range(0, tokens, BLOCK_N):
+            scores, v = _scores_and_v(
+                scaled_q, qkv_ptr, start_n, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
+                ACCUMULATOR, PRECISION, BLOCK_N,
+            )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
+            # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            shrink = tl.exp2(row_max - new_max)
+            p = tl.exp2(scores - new_max[:, None])
+            row_sum = row_sum * shrink + tl.sum(p, 1)
+            attended = attended * shrink[:, None]
+            attended = tl.dot(p.to(v.dtype), v, attended, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+            row_max = new_max
 
     # o = (p v) ⊙ m
     out = attended * mask[None, :] / row_sum[:, None]
@@ -228,9 +275,7 @@ def _backward_key_value_kernel(
         scores = tl.dot(scaled_k, tl.trans(q), input_precision=PRECISION, out_dtype=ACCUMULATOR)
         p = tl.exp2(scores - log_sum_exp[None, :])  # (BLOCK_N, BLOCK_M)
         # d(v ⊙ m) = pᵀ do
-        grad_masked_v = tl.dot(
-            p.to(q.dtype), grad_out, grad_masked_v, input_precision=PRECISION, out_dtype=ACCUMULATOR
-        )
+        grad_masked_v = tl.dot(p.to(q.dtype), grad_out, grad_masked_v, input_precision=PRECISION, out_dtype=ACCUMULATOR)
         grad_p = tl.dot(masked_v, tl.trans(grad_out), input_precision=PRECISION, out_dtype=ACCUMULATOR)
         # ds = p ⊙ (dp − delta), dk = scale · (dsᵀ q) ⊙ m²
         grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
@@ -244,6 +289,20 @@ def _backward_key_value_kernel(
     # the share of v in dm: Σ_rows v ⊙ (pᵀ do); past the last key p may overflow
     partial = tl.sum(tl.where(inside, grad_masked_v * v.to(ACCUMULATOR), 0.0), 0)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + offsets_d, partial, mask=in_head)
+
+
+@triton.jit
+def _scores_and_v(
+    scaled_q, qkv_ptr, start_n, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile of keys, −∞ past the last key, and the tile's values."""
+    offsets_n = start_n + tl.arange(0, BLOCK_N)
+    in_keys = offsets_n < tokens
+    k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    return tl.where(in_keys[None, :], scores, float("-inf")), v
 
 
 @triton.jit

@@ -20,14 +20,22 @@ from ofb_kernels.kernels.common import (
     on_device_of,
 )
 from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile
+from ofb_kernels.kernels.tuning import run_configured
 
-# Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only).
+# Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only), the default first.
 FORWARD_CONFIGURATIONS = {
-    2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    8: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    2: (
+        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4),
+        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+    ),
+    4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
+    8: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
 }
-BACKWARD_CONFIGURATION = dict(BLOCK_M=32, BLOCK_N=64, STEPS=16, num_warps=4, num_stages=2)
+BACKWARD_CONFIGURATIONS = (
+    dict(BLOCK_M=32, BLOCK_N=64, STEPS=16, num_warps=4, num_stages=2),
+    dict(BLOCK_M=32, BLOCK_N=128, STEPS=8, num_warps=4, num_stages=2),
+)
 
 
 def forward(
@@ -38,18 +46,24 @@ def forward(
     columns = weight.shape[0]
     out = x.new_empty(rows, columns)
     pre = x.new_empty((rows, columns) if save_pre else (0, columns))
-    configuration = FORWARD_CONFIGURATIONS[x.element_size()]
-    tiles_m = triton.cdiv(rows, configuration["BLOCK_M"])
-    tiles_n = triton.cdiv(columns, configuration["BLOCK_N"])
+    bias, mask = None if bias is None else bias.contiguous(), mask.contiguous()
+
+    def launch(configuration: dict) -> None:
+        tiles_m = triton.cdiv(rows, configuration["BLOCK_M"])
+        tiles_n = triton.cdiv(columns, configuration["BLOCK_N"])
+        _forward_kernel[(tiles_m * tiles_n,)](
+            x, weight, bias, mask, out, pre,
+            rows, columns, inner,
+            x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
+            ACTIVATION=activation, SAVE_PRE=save_pre, ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(),
+            GROUP_M=GROUP_M, **configuration,
+        )  # fmt: skip
+
     if out.numel() > 0:
+        size = x.element_size()
+        kernel = f"masked_linear.forward {size} bytes"
         with on_device_of(x):
-            _forward_kernel[(tiles_m * tiles_n,)](
-                x, weight, None if bias is None else bias.contiguous(), mask.contiguous(), out, pre,
-                rows, columns, inner,
-                x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
-                ACTIVATION=activation, SAVE_PRE=save_pre, ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(),
-                GROUP_M=GROUP_M, **configuration,
-            )  # fmt: skip
+            run_configured(kernel, FORWARD_CONFIGURATIONS[size], (rows, columns, inner), x, launch)
     return out, pre
 
 
@@ -57,20 +71,26 @@ def backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None
     """grad_pre (M, N) in pre's dtype; grad_mask (N,) and grad_bias (N,) in accumulator precision."""
     rows, columns = pre.shape
     grad_pre = torch.empty_like(pre)
-    configuration = BACKWARD_CONFIGURATION
-    chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+    mask = mask.contiguous()
     partial_dtype = torch.promote_types(pre.dtype, torch.float32)
-    partial_mask = pre.new_empty((chunks, columns), dtype=partial_dtype)
-    partial_bias = torch.empty_like(partial_mask)
-    if pre.numel() > 0:
-        with on_device_of(pre):
-            _backward_kernel[(triton.cdiv(columns, configuration["BLOCK_N"]), chunks)](
-                grad_out, pre, mask.contiguous(), grad_pre, partial_mask, partial_bias,
-                rows, columns,
-                grad_out.stride(0), grad_out.stride(1),
-                ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), **configuration,
-            )  # fmt: skip
-    return grad_pre, partial_mask.sum(0), partial_bias.sum(0)
+
+    def launch(configuration: dict) -> tuple[Tensor, Tensor]:
+        chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+        partial_mask = pre.new_empty((chunks, columns), dtype=partial_dtype)
+        partial_bias = torch.empty_like(partial_mask)
+        _backward_kernel[(triton.cdiv(columns, configuration["BLOCK_N"]), chunks)](
+            grad_out, pre, mask, grad_pre, partial_mask, partial_bias,
+            rows, columns,
+            grad_out.stride(0), grad_out.stride(1),
+            ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), **configuration,
+        )  # fmt: skip
+        return partial_mask.sum(0), partial_bias.sum(0)
+
+    if pre.numel() == 0:
+        return grad_pre, pre.new_zeros(columns, dtype=partial_dtype), pre.new_zeros(columns, dtype=partial_dtype)
+    kernel = f"masked_linear.backward {pre.element_size()} bytes"
+    with on_device_of(pre):
+        return grad_pre, *run_configured(kernel, BACKWARD_CONFIGURATIONS, (rows, columns), pre, launch)
 
 
 @triton.jit

@@ -22,12 +22,17 @@ from ofb_kernels.kernels.common import (
     on_device_of,
 )
 from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile
+from ofb_kernels.kernels.tuning import run_configured
 
-# Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only).
+# Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only), the default first.
 BACKWARD_CONFIGURATIONS = {
-    2: dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
-    4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    8: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    2: (
+        dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
+        dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=4),
+        dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+    ),
+    4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
+    8: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
 }
 
 
@@ -46,24 +51,32 @@ def backward(
     Returns:
         grad_pre (M, N) and hidden (M, N) in pre's dtype; grad_mask (N,) and grad_bias (N,) in accumulator precision.
     """
-    rows, columns = pre.shape
+    (rows, columns), inner = pre.shape, grad_out.shape[1]
     grad_pre, hidden = torch.empty_like(pre), torch.empty_like(pre)
-    configuration = BACKWARD_CONFIGURATIONS[pre.element_size()]
-    tiles_m = triton.cdiv(rows, configuration["BLOCK_M"])
-    tiles_n = triton.cdiv(columns, configuration["BLOCK_N"])
+    mask = mask.contiguous()
     partial_dtype = torch.promote_types(pre.dtype, torch.float32)
-    partial_mask = pre.new_empty((tiles_m, columns), dtype=partial_dtype)
-    partial_bias = torch.empty_like(partial_mask)
-    if pre.numel() > 0:
-        with on_device_of(pre):
-            _backward_kernel[(tiles_m * tiles_n,)](
-                grad_out, fc2_weight, pre, mask.contiguous(), grad_pre, hidden, partial_mask, partial_bias,
-                rows, columns, grad_out.shape[1],
-                grad_out.stride(0), grad_out.stride(1), fc2_weight.stride(0), fc2_weight.stride(1),
-                ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), PRECISION=dot_precision(),
-                GROUP_M=GROUP_M, **configuration,
-            )  # fmt: skip
-    return grad_pre, hidden, partial_mask.sum(0), partial_bias.sum(0)
+
+    def launch(configuration: dict) -> tuple[Tensor, Tensor]:
+        tiles_m = triton.cdiv(rows, configuration["BLOCK_M"])
+        tiles_n = triton.cdiv(columns, configuration["BLOCK_N"])
+        partial_mask = pre.new_empty((tiles_m, columns), dtype=partial_dtype)
+        partial_bias = torch.empty_like(partial_mask)
+        _backward_kernel[(tiles_m * tiles_n,)](
+            grad_out, fc2_weight, pre, mask, grad_pre, hidden, partial_mask, partial_bias,
+            rows, columns, inner,
+            grad_out.stride(0), grad_out.stride(1), fc2_weight.stride(0), fc2_weight.stride(1),
+            ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), PRECISION=dot_precision(),
+            GROUP_M=GROUP_M, **configuration,
+        )  # fmt: skip
+        return partial_mask.sum(0), partial_bias.sum(0)
+
+    if pre.numel() == 0:
+        zeros = pre.new_zeros(columns, dtype=partial_dtype)
+        return grad_pre, hidden, zeros, zeros.clone()
+    kernel = f"masked_mlp.backward {pre.element_size()} bytes"
+    candidates = BACKWARD_CONFIGURATIONS[pre.element_size()]
+    with on_device_of(pre):
+        return grad_pre, hidden, *run_configured(kernel, candidates, (rows, columns, inner), pre, launch)
 
 
 @triton.jit
