@@ -22,7 +22,7 @@ from ofb.engine.config import (
     from_dict,
     to_dict,
 )
-from ofb.engine.data import create_loaders, create_model
+from ofb.engine.data import create_loaders, create_model, create_teacher
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
 from ofb.report import comparison_table, figures
@@ -85,7 +85,8 @@ def run_train(config: TrainConfig) -> None:
     model = _starting_model(config)
     loaders = create_loaders(config, model, pick_device(config))
     with _run("train", config):
-        model = ofb.train(model, loaders.train, loaders.val, config)
+        teacher = _teacher(config, model, None)
+        model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
         print(f"test  {_shown(ofb.evaluate(model, loaders.test, config))}")
     print(f"run folder: {config.output}")
@@ -99,7 +100,8 @@ def run_search(config: SearchConfig) -> None:
     if config.checkpoint is None and not config.pretrained:
         print("note: neither --checkpoint nor --pretrained is given: the search starts from random weights")
     with _run("search", config):
-        compressed = ofb.search(supernet, loaders.train, loaders.val, config)
+        teacher = _teacher(config, dense, dense)
+        compressed = ofb.search(supernet, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(compressed, Path(config.output) / EXPORT_FOLDER)
         networks = {"dense": dense, "compressed": compressed}
         top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
@@ -166,6 +168,14 @@ def _started_with(config: TrainingConfig) -> TrainingConfig:
 def _starting_model(config: TrainingConfig) -> nn.Module:
     seed_everything(config.seed, "model", 0)
     return create_model(config) if config.checkpoint is None else ofb.load(_network_folder(config.checkpoint))
+
+
+def _teacher(config: TrainingConfig, model: nn.Module, default: nn.Module | None) -> nn.Module | None:
+    """The network to distil from; None where the config does not distil, or there is none."""
+    if config.distillation is None or config.teacher is None:
+        return None if config.distillation is None else default
+    folder = _network_folder(config.teacher)
+    return ofb.load(folder) if folder.is_dir() else create_teacher(config, model)
 
 
 def _network_folder(checkpoint: str) -> Path:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb.supernet import adaptive_one_hot_loss
-from ofb.supernet.losses import classification_loss, macs_loss, one_hot_losses, reconstruction_loss
+from ofb.supernet.losses import Criterion, macs_loss, one_hot_losses, reconstruction_loss
 from ofb_kernels import local_norm
 
 
@@ -113,6 +113,38 @@ def test_reconstruction_counts_masked_pixels_only():
 def test_classification_takes_indices_and_probabilities():
     logits, indices = torch.randn(4, 5), torch.tensor([0, 2, 4, 4])
     expected = F.cross_entropy(logits, indices, label_smoothing=0.1)
-    torch.testing.assert_close(classification_loss(logits, indices, 0.1), expected)
+    torch.testing.assert_close(Criterion(smoothing=0.1)(logits, indices), expected)
     one_hot = F.one_hot(indices, 5).float()
-    torch.testing.assert_close(classification_loss(logits, one_hot, 0.1), F.cross_entropy(logits, indices))
+    torch.testing.assert_close(Criterion(smoothing=0.1)(logits, one_hot), F.cross_entropy(logits, indices))
+
+
+def test_soft_distillation_is_the_scaled_divergence():
+    logits, teacher, targets = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 2, 4, 4])
+    p, q = (teacher / 3).softmax(1), (logits / 3).softmax(1)
+    expected = 0.6 * F.cross_entropy(logits, targets) + 0.4 * 9 * (p * (p / q).log()).sum(1).mean()
+    criterion = Criterion(smoothing=0.0, distillation="soft", alpha=0.4, tau=3.0)
+    torch.testing.assert_close(criterion(logits, targets, teacher), expected)
+    no_labels = Criterion(distillation="soft", alpha=1.0)
+    torch.testing.assert_close(no_labels(teacher, targets, teacher), torch.zeros(()))
+
+
+def test_hard_distillation_is_the_cross_entropy_with_the_teachers_classes():
+    logits, teacher, targets = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 2, 4, 4])
+    expected = 0.7 * F.cross_entropy(logits, targets) + 0.3 * F.cross_entropy(logits, teacher.argmax(1))
+    torch.testing.assert_close(Criterion(0.0, "hard", 0.3)(logits, targets, teacher), expected)
+
+
+def test_without_distillation_a_teacher_changes_nothing():
+    logits, teacher, targets = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 2, 4, 4])
+    assert torch.equal(Criterion()(logits, targets, teacher), Criterion()(logits, targets))
+
+
+@pytest.mark.parametrize("wrong", [{"distillation": "warm"}, {"alpha": 2.0}, {"tau": 0.0}])
+def test_criterion_refuses(wrong):
+    with pytest.raises(ValueError, match="distillation: expected"):
+        Criterion(**wrong)
+
+
+def test_distillation_without_a_teacher():
+    with pytest.raises(ValueError, match="teacher: expected a teacher for soft distillation"):
+        Criterion(distillation="soft")(torch.randn(2, 3), torch.tensor([0, 1]))

@@ -256,7 +256,7 @@ def test_masked_patches_keep_their_share():
     supernet = make_supernet()
     embeddings = torch.randn(6, 16, 32)
     for ratio, expected in [(0.01, 1), (0.15, 3), (0.25, 4)]:
-        supernet.patch_ratio.fill_(ratio)
+        supernet.mask_ratio.fill_(ratio)
         patches, masked = supernet._draw_patches(embeddings)
         assert patches.shape == (6, 4)
         assert all(len(set(row)) == 4 for row in patches.tolist())
@@ -269,7 +269,7 @@ def test_masked_patches_keep_their_share():
 def test_reconstruction_compares_each_patch_with_its_own_pixels():
     supernet = make_supernet().eval()
     images, targets = make_batch()
-    supernet.patch_ratio.fill_(0.2)
+    supernet.mask_ratio.fill_(0.2)
     patches, masked = supernet._draw_patches(torch.empty(8, 16, 1))
     supernet._draw_patches = lambda embeddings: (patches, masked)
     loss = supernet.loss(images, targets).reconstruction

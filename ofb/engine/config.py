@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from timm.optim import list_optimizers
 
+from ofb.supernet.losses import Criterion
+
 Config = TypeVar("Config")
 
 
@@ -128,6 +130,19 @@ class TrainingConfig(RunConfig, DataConfig):
     smoothing: float = 0.1
     """Label smoothing."""
 
+    distillation: Literal["soft", "hard"] | None = None
+    """Learn from a teacher's probabilities or from its classes as well."""
+
+    teacher: str | None = None
+    """Any timm model (with its pretrained weights), or a run folder; a search learns from the network it starts from if
+    not given."""
+
+    distillation_alpha: float = 0.5
+    """Weight of the teacher; the labels have the rest."""
+
+    distillation_tau: float = 1.0
+    """Temperature of soft distillation."""
+
     mixup: float = 0.8
     """Mixup alpha; the search itself never mixes images, its fine-tuning does."""
 
@@ -156,10 +171,15 @@ class TrainingConfig(RunConfig, DataConfig):
             )
         if self.resume and self.output is None:
             raise ValueError("resume: expected the run folder as well; add --output FOLDER")
+        self.criterion()
         if self.opt not in list_optimizers():
             close = ", ".join(difflib.get_close_matches(self.opt, list_optimizers())) or "adamw"
             raise ValueError(f"opt: expected a timm optimizer, got {self.opt!r}; did you mean {close}?")
         self.model_options()
+
+    def criterion(self) -> Criterion:
+        """The classification loss."""
+        return Criterion(self.smoothing, self.distillation, self.distillation_alpha, self.distillation_tau)
 
     def model_options(self) -> dict[str, Any]:
         """`model_kwargs` as keyword arguments; values are Python literals or else strings."""
@@ -218,6 +238,19 @@ class SearchConfig(TrainingConfig):
 
     residual_mask: Literal["stream", "input"] = "stream"
     """Mask everything that enters the residual stream, or the embedding alone as the released code does."""
+
+    lam_start: float = 0.99
+    """Share of the importance in a mask at the beginning."""
+
+    lam_end: float = 0.1
+    """Share of the importance in a mask after the warm-up."""
+
+    mask_ratio_start: float = 0.05
+    """Share of the patches that are masked and rebuilt at the beginning."""
+
+    mask_ratio_end: float = 0.25
+    """Share of the patches that are masked and rebuilt after the warm-up; 0 for both leaves masked image modelling
+    out."""
 
     score_mean: float = 0.0
     """Where the importance logits start; importance starts at their sigmoid."""

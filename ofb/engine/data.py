@@ -87,6 +87,28 @@ def create_model(config: TrainingConfig) -> nn.Module:
     return model
 
 
+def create_teacher(config: TrainingConfig, model: nn.Module) -> nn.Module:
+    """The timm model that `config.teacher` names, with its pretrained weights and the classes of `model`.
+
+    It sees the images that the student sees: normalized for the student, at the student's size.
+
+    Raises:
+        ValueError: no such model, or it does not take these images.
+    """
+    if not timm.is_model(config.teacher.split(".")[0]):
+        raise ValueError(f"teacher: expected a run folder or a timm model name, got {config.teacher!r}")
+    expected = data_config(model)["input_size"]
+    try:
+        teacher = timm.create_model(
+            config.teacher, pretrained=True, num_classes=model.num_classes, in_chans=expected[0]
+        ).eval()
+        with torch.no_grad():
+            teacher(torch.zeros(1, *expected))
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"teacher: {config.teacher} does not serve images of {expected}: {error}") from error
+    return teacher
+
+
 def data_config(model: nn.Module) -> dict[str, Any]:
     """What a model expects of its images: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode."""
     patch_embed = model.patch_embed

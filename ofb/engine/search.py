@@ -15,6 +15,7 @@ from ofb.engine.train import (
     save_state,
     seed_everything,
     set_drop_path,
+    teaching,
     train,
 )
 from ofb.supernet import Supernet
@@ -36,8 +37,12 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=_warmup_epochs(config),
         residual_mask=config.residual_mask,
+        lam_start=config.lam_start,
+        lam_end=config.lam_end,
+        mask_ratio_start=config.mask_ratio_start,
+        mask_ratio_end=config.mask_ratio_end,
         score_mean=config.score_mean,
-        label_smoothing=config.smoothing,
+        criterion=config.criterion(),
         one_hot_weight=config.one_hot_weight,
         macs_weight=config.macs_weight,
         prunes_per_epoch=config.prunes_per_epoch,
@@ -47,7 +52,12 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
 
 
 def search(
-    supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig | None = None
+    supernet: Supernet,
+    train_loader: Loader,
+    val_loader: Loader,
+    config: SearchConfig | None = None,
+    *,
+    teacher: nn.Module | None = None,
 ) -> nn.Module:
     """Search and fine-tune; the result is a plain timm model with the weights of its best epoch.
 
@@ -59,6 +69,7 @@ def search(
         train_loader: batches of images (B, C, H, W) and class indices (B,), with a length.
         val_loader: the same, to choose the best epoch of the fine-tuning.
         config: the recipe; its data and model options are not read here.
+        teacher: to distil from, with `config.distillation`.
 
     Raises:
         ValueError: the supernet was made for another number of steps, or the run cannot be resumed.
@@ -71,11 +82,11 @@ def search(
             f"supernet: expected one for {config.epochs} epochs of {len(train_loader)} steps, got one for "
             f"{supernet.total_steps} steps in all; make it with ofb.Supernet(..., epochs=, steps_per_epoch=)"
         )
-    model = _search_sizes(supernet, train_loader, val_loader, config)
+    model = _search_sizes(supernet, train_loader, val_loader, config, teacher)
     print(describe_choices(supernet), flush=True)
     if not config.finetune_epochs:
         return model
-    return train(model, train_loader, val_loader, config.finetune(), stage="finetune")
+    return train(model, train_loader, val_loader, config.finetune(), teacher=teacher, stage="finetune")
 
 
 def describe_reach(supernet: Supernet) -> str:
@@ -100,15 +111,18 @@ def describe_choices(supernet: Supernet) -> str:
     )
 
 
-def _search_sizes(supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig) -> nn.Module:
+def _search_sizes(
+    supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig, teacher: nn.Module | None
+) -> nn.Module:
     """Train the supernet until its sizes are final, and extract the network."""
     device = pick_device(config)
     supernet.to(device)
     set_drop_path(supernet.model, config.drop_path)
+    teach = teaching(teacher, config, device)
     groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr)
 
     def loss_of(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        losses = vars(supernet.loss(images, targets))
+        losses = vars(supernet.loss(images, targets, teach(images)))
         return {"loss": losses.pop("total")} | losses
 
     optimization = Optimization(

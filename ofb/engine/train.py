@@ -22,7 +22,6 @@ from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
 from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig, to_dict
 from ofb.engine.graph import StepGraph
 from ofb.engine.journal import Journal
-from ofb.supernet.losses import classification_loss
 
 TRAIN_LR_AT_256 = 1.5e-4
 TRAIN_WARMUP_EPOCHS = 5
@@ -40,6 +39,7 @@ def train(
     val_loader: Loader,
     config: TrainConfig | None = None,
     *,
+    teacher: nn.Module | None = None,
     stage: str = "train",
 ) -> nn.Module:
     """Train a model in place and return it with the weights of its best epoch on the validation images.
@@ -52,6 +52,7 @@ def train(
         train_loader: batches of images (B, C, H, W) and class indices (B,), with a length.
         val_loader: the same, to choose the best epoch.
         config: the recipe; its data and model options are not read here.
+        teacher: to distil from, with `config.distillation`.
         stage: names checkpoint and metrics.
 
     Raises:
@@ -61,12 +62,13 @@ def train(
     config = config or TrainConfig()
     device = pick_device(config)
     set_drop_path(model.to(device), config.drop_path)
+    criterion, teach = config.criterion(), teaching(teacher, config, device)
     ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=True) if config.model_ema else None
     optimization = Optimization(
         make_optimizer(
             model, config, TRAIN_LR_AT_256, weight_decay=config.weight_decay, layer_decay=config.layer_decay
         ),
-        lambda images, targets: {"loss": classification_loss(model(images), targets, config.smoothing)},
+        lambda images, targets: {"loss": criterion(model(images), targets, teach(images))},
         config,
         config.shortened_warmup(TRAIN_WARMUP_EPOCHS),
         len(train_loader),
@@ -301,6 +303,27 @@ def seed_everything(seed: int, stage: str, epoch: int) -> None:
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
+
+
+def teaching(
+    teacher: nn.Module | None, config: TrainingConfig, device: torch.device
+) -> Callable[[Tensor], Tensor | None]:
+    """A function from images to the teacher's logits, or to None where the config does not distil.
+
+    Raises:
+        ValueError: the config distils and there is no teacher.
+    """
+    if config.distillation is None:
+        return lambda images: None
+    if teacher is None:
+        raise ValueError(f"teacher: expected a network for {config.distillation} distillation, got none")
+    teacher.to(device).eval()
+
+    @torch.no_grad()
+    def teach(images: Tensor) -> Tensor:
+        return teacher(images)
+
+    return teach
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:

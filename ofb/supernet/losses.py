@@ -1,6 +1,7 @@
 """The losses of a search step (OFB, CVPR 2024, sections 3.2 to 3.4)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from ofb_kernels import local_norm
 SIGMA_MARGIN = 1e-4
 # A probability below e^-80 contributes nothing to an entropy in float32; the bound keeps 0 · log 0 at 0.
 LOG_PROBABILITY_FLOOR = -80.0
+DISTILLATIONS = (None, "soft", "hard")
 
 
 def adaptive_one_hot_loss(alpha: Tensor, alive: Tensor | None = None) -> Tensor:
@@ -87,8 +89,50 @@ def reconstruction_loss(decoded: Tensor, images: Tensor, patches: Tensor, masked
     return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1)
 
 
-def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Cross entropy; targets are class indices (B,) or, after mixup, probabilities (B, classes) used as they are."""
-    if targets.is_floating_point():
-        return F.cross_entropy(logits.float(), targets)
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+@dataclass(frozen=True)
+class Criterion:
+    """What a network is trained towards: cross entropy, and where there is a teacher, agreement with it.
+
+        L_cls = (1 − alpha) · CE + alpha · L_teacher
+        soft: L_teacher = tau² · KL(softmax(teacher / tau) ‖ softmax(logits / tau));   hard: CE with the teacher's class
+
+    (DeiT, Touvron et al. 2021, section 4.)
+
+    Attributes:
+        smoothing: label smoothing of the cross entropy, for targets given as class indices.
+        distillation: "soft", "hard", or None to ignore a teacher.
+        alpha: weight of the teacher.
+        tau: temperature of soft distillation.
+    """
+
+    smoothing: float = 0.1
+    distillation: str | None = None
+    alpha: float = 0.5
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.distillation not in DISTILLATIONS:
+            names = ", ".join(str(name) for name in DISTILLATIONS)
+            raise ValueError(f"distillation: expected one of {names}, got {self.distillation!r}")
+        if not 0 <= self.alpha <= 1 or not self.tau > 0:
+            raise ValueError(f"distillation: expected alpha from 0 to 1, tau above 0, got {self.alpha}, {self.tau}")
+
+    def __call__(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+        """0-d loss; targets are class indices (B,) or, after mixup, probabilities (B, classes) used as they are.
+
+        Raises:
+            ValueError: there is distillation and no teacher.
+        """
+        logits = logits.float()
+        smoothing = 0.0 if targets.is_floating_point() else self.smoothing
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.distillation is None:
+            return loss
+        if teacher_logits is None:
+            raise ValueError(f"teacher: expected a teacher for {self.distillation} distillation, got none")
+        teacher_logits = teacher_logits.float()
+        if self.distillation == "hard":
+            return torch.lerp(loss, F.cross_entropy(logits, teacher_logits.argmax(1)), self.alpha)
+        log_p, log_q = (logits / self.tau).log_softmax(1), (teacher_logits / self.tau).log_softmax(1)
+        divergence = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        return torch.lerp(loss, self.tau**2 * divergence, self.alpha)

@@ -14,15 +14,13 @@ from torch.optim import Optimizer
 from ofb.supernet.bimask import BiMask
 from ofb.supernet.budget import TOLERANCE, choose_sizes, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
-from ofb.supernet.losses import classification_loss, macs_loss, reconstruction_loss
+from ofb.supernet.losses import Criterion, macs_loss, reconstruction_loss
 from ofb.supernet.macs import readable
 from ofb.supernet.pruning import Coupling, keep_units
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
 from ofb_kernels import use_backend
 
-LAM_START, LAM_END = 0.99, 0.1
-PATCH_RATIO_START, PATCH_RATIO_END = 0.05, 0.25
 RESIDUAL_MASKS = ("stream", "input")
 
 
@@ -50,8 +48,11 @@ class Supernet(nn.Module):
         warmup_epochs: epochs over which λ falls and the share of masked patches grows; a fifth of `epochs` if None.
         residual_mask: "stream" masks whatever enters the residual stream and weighs LayerNorm by V; "input" masks the
             embedding only, as the released code does.
+        lam_start, lam_end: λ, the share of the importance in a mask, at step 0 and after the warm-up.
+        mask_ratio_start, mask_ratio_end: share of the patches that are masked and rebuilt, at step 0 and after the
+            warm-up; both 0 leave masked image modelling out.
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
-        label_smoothing: of the classification loss, for targets given as class indices.
+        criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
         one_hot_weight, macs_weight: weights of these losses.
         score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
         prunes_per_epoch: pruning events in an epoch.
@@ -71,8 +72,12 @@ class Supernet(nn.Module):
         steps_per_epoch: int = 1251,
         warmup_epochs: float | None = None,
         residual_mask: str = "stream",
+        lam_start: float = 0.99,
+        lam_end: float = 0.1,
+        mask_ratio_start: float = 0.05,
+        mask_ratio_end: float = 0.25,
         score_mean: float = 0.0,
-        label_smoothing: float = 0.1,
+        criterion: Criterion | None = None,
         one_hot_weight: float = 0.5,
         macs_weight: float = 5.0,
         score_penalty: float = 1e-4,
@@ -88,12 +93,19 @@ class Supernet(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if residual_mask not in RESIDUAL_MASKS:
             raise ValueError(f"residual_mask: expected one of {', '.join(RESIDUAL_MASKS)}, got {residual_mask!r}")
+        shares = {"lam_start": lam_start, "lam_end": lam_end}
+        shares |= {"mask_ratio_start": mask_ratio_start, "mask_ratio_end": mask_ratio_end}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {value}")
         self.model = model
         self.family_name = family_of(model).NAME
         self.total_steps, self.steps_per_epoch = epochs * steps_per_epoch, steps_per_epoch
         self.warmup_steps = round((epochs / 5 if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
+        self.lam_range, self.mask_ratio_range = (lam_start, lam_end), (mask_ratio_start, mask_ratio_end)
         self.residual_mask = residual_mask
-        self.label_smoothing, self.one_hot_weight, self.macs_weight = label_smoothing, one_hot_weight, macs_weight
+        self.criterion = criterion or Criterion()
+        self.one_hot_weight, self.macs_weight = one_hot_weight, macs_weight
         self.score_penalty, self.attention_score_penalty = score_penalty, attention_score_penalty
         self.prunes_per_epoch, self.prune_threshold = prunes_per_epoch, prune_threshold
         self.backend = backend
@@ -111,7 +123,7 @@ class Supernet(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
-        self.register_buffer("patch_ratio", torch.zeros((), **like), persistent=False)
+        self.register_buffer("mask_ratio", torch.zeros((), **like), persistent=False)
         self.revision = 0  # of the tensors behind the step: whoever holds on to them looks here
         self._build_stacks()
         names = [name for stack in self.stacks.values() for name in stack.names]
@@ -134,7 +146,7 @@ class Supernet(nn.Module):
         with self._backend():
             return self.family.logits(self.model, self._features(self.family.patch_embeddings(self.model, images)))
 
-    def loss(self, images: Tensor, targets: Tensor) -> Losses:
+    def loss(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Losses:
         """All losses of a search step from one forward pass.
 
         L = L_cls + one_hot_weight · Σ L_one_hot + macs_weight · L_macs + sg(L_cls / L_rec) · L_rec; once every size
@@ -143,21 +155,16 @@ class Supernet(nn.Module):
         Args:
             images: (B, C, H, W).
             targets: class indices (B,), or probabilities (B, classes) after mixup.
+            teacher_logits: (B, classes), for a criterion that distils.
         """
         if self.finished:
-            classification = classification_loss(self(images), targets, self.label_smoothing)
+            classification = self.criterion(self(images), targets, teacher_logits)
             zero = torch.zeros_like(classification)
             return Losses(classification, classification.detach(), zero, zero, zero)
         with self._backend():
-            embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
-            patches, masked = self._draw_patches(embeddings)  # (B, K), (K,)
-            tokens = self._features(self._replace(embeddings, patches, masked))
-            logits = self.family.logits(self.model, tokens)
+            logits, rebuilt = self._logits_and_reconstruction(images)
             one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.target_macs, self.dense_macs)
-            drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(patches[..., None], 1)
-            patch_size = self.model.patch_embed.patch_size[0]
-            rebuilt = reconstruction_loss(self.decoder(drawn), images, patches, masked, patch_size)
-        classification = classification_loss(logits, targets, self.label_smoothing)
+        classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_weight * one_hot + self.macs_weight * macs + balance * rebuilt
         return Losses(total, classification.detach(), one_hot.detach(), macs.detach(), rebuilt.detach())
@@ -299,6 +306,19 @@ class Supernet(nn.Module):
 
     # ---- parts ----
 
+    def _logits_and_reconstruction(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
+        embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
+        if not max(self.mask_ratio_range):
+            logits = self.family.logits(self.model, self._features(embeddings))
+            return logits, logits.new_zeros((), dtype=torch.float32)
+        patches, masked = self._draw_patches(embeddings)  # (B, K), (K,)
+        tokens = self._features(self._replace(embeddings, patches, masked))
+        drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(patches[..., None], 1)
+        patch_size = self.model.patch_embed.patch_size[0]
+        rebuilt = reconstruction_loss(self.decoder(drawn), images, patches, masked, patch_size)
+        return self.family.logits(self.model, tokens), rebuilt
+
     def _features(self, patches: Tensor) -> Tensor:
         masks = self._masks()
         residual_mask = self._residual_mask(masks)
@@ -320,9 +340,9 @@ class Supernet(nn.Module):
         K is the largest number that is ever masked, so that shapes stay what they are while the share grows.
         """
         images, patches = embeddings.shape[:2]
-        most = max(1, math.ceil(PATCH_RATIO_END * patches))
+        most = max(1, math.ceil(max(self.mask_ratio_range) * patches))
         drawn = torch.rand(images, patches, device=embeddings.device).argsort(1)[:, :most]
-        number = (self.patch_ratio * patches).clamp(min=1)
+        number = (self.mask_ratio * patches).clamp(min=1)
         return drawn, torch.arange(most, device=embeddings.device) < number
 
     def _replace(self, embeddings: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
@@ -348,8 +368,8 @@ class Supernet(nn.Module):
         self.stacks = nn.ModuleDict({kind: Stack(bimasks) for kind, bimasks in kinds.items()})
 
     def _set_schedules(self) -> None:
-        self.lam.fill_(ramp(self.steps, self.warmup_steps, LAM_START, LAM_END))
-        self.patch_ratio.fill_(ramp(self.steps, self.warmup_steps, PATCH_RATIO_START, PATCH_RATIO_END))
+        self.lam.fill_(ramp(self.steps, self.warmup_steps, *self.lam_range))
+        self.mask_ratio.fill_(ramp(self.steps, self.warmup_steps, *self.mask_ratio_range))
 
     def _options(self, alive: Mapping[str, Tensor]) -> dict[str, dict[tuple[int, int], float]]:
         return {name: self.bimasks[name].sizes(grid) for name, grid in alive.items()}
