@@ -1,7 +1,7 @@
 """OFB: search, prune and fine-tune a Vision Transformer in one training run (CVPR 2024, arXiv 2403.15835)."""
 
 from ofb.engine.config import EvaluateConfig, ExportConfig, SearchConfig, TrainConfig
-from ofb.engine.search import search
+from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
 from ofb.supernet import Supernet, adaptive_one_hot_loss
@@ -18,5 +18,6 @@ __all__ = [
     "load",
     "save",
     "search",
+    "search_targets",
     "train",
 ]

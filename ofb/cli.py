@@ -23,6 +23,7 @@ from ofb.engine.config import (
     to_dict,
 )
 from ofb.engine.data import create_loaders, create_model, create_teacher
+from ofb.engine.presets import preset
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
 from ofb.report import comparison_table, figures
@@ -64,7 +65,7 @@ def usage() -> str:
 
 
 def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
-    """The config of a command line; with --resume, the options the run was started with are its defaults.
+    """The config of a command line; the defaults are those of its preset, or with --resume those of the run.
 
     Raises:
         SystemExit: an option is wrong, or help was asked for.
@@ -77,7 +78,14 @@ def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
         return tyro.cli(config_class, args=args, prog=f"ofb {command}", config=settings, **default)
 
     config = read()
-    return read(default=_started_with(config)) if getattr(config, "resume", False) else config
+    if getattr(config, "resume", False):
+        return read(default=_started_with(config))
+    if getattr(config, "preset", None) is not None:
+        # A preset's data set is refused without a folder, which is given beside it: checked once both are known.
+        options = preset(config.preset) | {"preset": config.preset, "data_dir": config.data_dir or ""}
+        config = read(default=config_class(**options))
+        return dataclasses.replace(config, data_dir=config.data_dir or None)
+    return config
 
 
 def run_train(config: TrainConfig) -> None:
@@ -100,10 +108,11 @@ def run_search(config: SearchConfig) -> None:
     if config.checkpoint is None and not config.pretrained:
         print("note: neither --checkpoint nor --pretrained is given: the search starts from random weights")
     with _run("search", config):
-        teacher = _teacher(config, dense, dense)
-        compressed = ofb.search(supernet, loaders.train, loaders.val, config, teacher=teacher)
-        ofb.save(compressed, Path(config.output) / EXPORT_FOLDER)
-        networks = {"dense": dense, "compressed": compressed}
+        teacher, export = _teacher(config, dense, dense), Path(config.output) / EXPORT_FOLDER
+        found = ofb.search_targets(supernet, loaders.train, loaders.val, config, teacher=teacher)
+        for target, network in found.items():
+            ofb.save(network, export if config.targets is None else export / target)
+        networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
     print(f"\n{comparison_table(figures(networks, top1))}\n\nrun folder: {config.output}")
 

@@ -35,7 +35,7 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert "satisfiable: yes" in shown and "top-1 %" in shown and f"run folder: {folder}" in shown
     assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("dense")
     found = {path.name for path in folder.iterdir()}
-    assert found == {"config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "export"}
+    assert found == {"config.yaml", "checkpoints", "metrics.jsonl", "importance.json", "tensorboard", "export"}
     share = count_macs(ofb.load(folder / "export")) / count_macs(ofb.load(f"{dense_run}/export"))
     assert 0.588 <= share <= 0.6
 
@@ -47,6 +47,25 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
 
     assert run("export", str(folder), "--onnx", str(tmp_path / "model.onnx")) == 0
     assert (tmp_path / "model.onnx").stat().st_size > 1000
+
+
+def test_several_targets_distilled_from_the_dense_network(dense_run, tmp_path, capsys):
+    folder = tmp_path / "search"
+    more = ("--checkpoint", dense_run, "--targets", "60%,40%", "--distillation", "soft", "--output", str(folder))
+    assert run(SEARCH, *more) == 0
+    shown = capsys.readouterr().out
+    assert "finetune-60% 1/1" in shown and "finetune-40% 1/1" in shown
+    assert {path.name for path in (folder / "export").iterdir()} == {"60%", "40%"}
+    macs = {target: count_macs(ofb.load(folder / "export" / target)) for target in ("60%", "40%")}
+    assert macs["60%"] > macs["40%"]
+
+
+def test_teacher_that_is_not_there(dense_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(SEARCH, "--checkpoint", dense_run, "--distillation", "hard", "--teacher", "resnet51") == 2
+    assert "teacher: expected a run folder or a timm model name, got 'resnet51'" in capsys.readouterr().err
+    assert run(TRAIN, "--distillation", "soft") == 2
+    assert "teacher: expected a network for soft distillation, got none" in capsys.readouterr().err
 
 
 def test_finished_run_resumes_to_the_same_network(dense_run, capsys):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ofb.engine.config import TrainConfig
-from ofb.engine.data import DIGITS_PARTS, Digits, create_loaders, create_model
+from ofb.engine.data import DIGITS_PARTS, Digits, RepeatedAugmentation, create_loaders, create_model
 from ofb.engine.train import seed_everything
 
 CPU = torch.device("cpu")
@@ -114,3 +114,14 @@ def test_batch_larger_than_the_data():
     config = TrainConfig(batch_size=4096, **DIGITS_MODEL)
     with pytest.raises(ValueError, match="batch_size: expected no more than the training images, got 4096"):
         create_loaders(config, create_model(config), CPU)
+
+
+def test_repeated_augmentation():
+    torch.manual_seed(3)
+    sampler = RepeatedAugmentation(10, repeats=3)
+    first, second = list(sampler), list(sampler)
+    assert len(first) == len(sampler) == 9
+    assert first[::3] == first[1::3] == first[2::3] and len(set(first)) == 3
+    assert first != second
+    torch.manual_seed(3)
+    assert list(sampler) == first

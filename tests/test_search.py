@@ -71,6 +71,95 @@ def test_search_without_a_run_folder_or_fine_tuning(loaders):
     assert 0.98 * supernet.target_macs <= count_macs(model) <= supernet.target_macs
 
 
+THREE_TARGETS = OPTIONS | {"epochs": 6, "targets": "60%, 40%, 25%"}
+
+
+def test_one_search_passes_several_targets(loaders):
+    config = SearchConfig(**THREE_TARGETS | {"finetune_epochs": 1})
+    supernet = fresh_supernet(config)
+    networks = ofb.search_targets(supernet, *loaders, config)
+    assert list(networks) == ["60%", "40%", "25%"]
+    for target, network in networks.items():
+        share = float(target.rstrip("%")) / 100
+        assert 0.98 * share <= count_macs(network) / supernet.dense_macs <= share
+
+
+@pytest.mark.parametrize(("module", "epochs"), [(ofb.engine.search, 3), (ofb.engine.train, 4)])
+def test_search_of_several_targets_resumes(loaders, tmp_path, monkeypatch, module, epochs):
+    """Interrupted between the first target and the second, and in the second network's fine-tuning."""
+    config = SearchConfig(**THREE_TARGETS, output=str(tmp_path / "straight"))
+    straight = ofb.search_targets(fresh_supernet(config), *loaders, config)
+    config = SearchConfig(**THREE_TARGETS, output=str(tmp_path / "resumed"))
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, module, epochs)
+        with pytest.raises(KeyboardInterrupt):
+            ofb.search_targets(fresh_supernet(config), *loaders, config)
+    config = SearchConfig(**THREE_TARGETS, output=str(tmp_path / "resumed"), resume=True)
+    resumed = ofb.search_targets(fresh_supernet(config, seed=1), *loaders, config)
+    for target, network in straight.items():
+        assert_same_weights(resumed[target], network)
+        assert resumed[target].pretrained_cfg == network.pretrained_cfg
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("25%, 50%", "give the largest first"),
+        ("50%, 49.5%", "at least 2% below"),
+        ("50%, 1%", "target: expected between"),
+    ],
+)
+def test_targets_that_make_no_sense(targets, message):
+    with pytest.raises(ValueError, match=message):
+        fresh_supernet(SearchConfig(**OPTIONS, targets=targets))
+
+
+def test_more_targets_than_epochs():
+    with pytest.raises(ValueError, match="targets: expected at most one an epoch"):
+        SearchConfig(**OPTIONS | {"epochs": 2}, targets="60%,40%,30%")
+
+
+def test_several_targets_need_their_own_function(loaders):
+    config = SearchConfig(**THREE_TARGETS)
+    with pytest.raises(ValueError, match="ofb.search_targets searches several"):
+        ofb.search(fresh_supernet(config), *loaders, config)
+    one = SearchConfig(**OPTIONS | {"epochs": 6})
+    with pytest.raises(ValueError, match="later_targets"):
+        ofb.search_targets(fresh_supernet(one), *loaders, config)
+
+
+def test_importance_is_reported(loaders, tmp_path, capsys):
+    config = SearchConfig(**OPTIONS | {"finetune_epochs": 0}, output=str(tmp_path))
+    ofb.search(fresh_supernet(config), *loaders, config)
+    entries = json.loads((tmp_path / "importance.json").read_text())
+    assert entries and all(-1 <= entry["rank_correlation"] <= 1 for entry in entries.values())
+    assert all(len(entry["importance"]) == len(entry["loss_change"]) >= 3 for entry in entries.values())
+    assert "importance against the loss without a unit: rank correlation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_learns_from_the_teacher_in_both_stages(loaders, kind):
+    """Weight 1 on a teacher that knows one class: both stages must learn to say it, whatever the labels."""
+
+    class Teacher(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([[9.0, 0, 0, 0, 0]]).expand(len(images), 5)
+
+    for stage in ({"finetune_epochs": 0, "epochs": 12}, {"finetune_epochs": 12, "epochs": 1}):
+        options = OPTIONS | stage | {"mixup": 0.0, "cutmix": 0.0, "lr": 3e-3, "finetune_lr": 3e-3, "model_ema": False}
+        config = SearchConfig(**options, distillation=kind, distillation_alpha=0.99)
+        torch.manual_seed(0)
+        model = ofb.search(make_supernet(tiny_vit(), config, 4), *loaders, config, teacher=Teacher())
+        predicted = model(torch.randn(32, 3, 16, 16)).argmax(1)
+        assert (predicted == 0).float().mean() > 0.9
+
+
+def test_distillation_without_a_teacher(loaders):
+    config = SearchConfig(**OPTIONS, distillation="soft")
+    with pytest.raises(ValueError, match="teacher: expected a network for soft distillation, got none"):
+        ofb.search(fresh_supernet(config), *loaders, config)
+
+
 def test_mixed_precision(loaders):
     config = SearchConfig(**OPTIONS | {"epochs": 2, "finetune_epochs": 1, "amp": True})
     model = ofb.search(fresh_supernet(config), *loaders, config)

@@ -152,13 +152,17 @@ class TrainingConfig(RunConfig, DataConfig):
     aa: str | None = "rand-m9-mstd0.5-inc1"
     """AutoAugment or RandAugment policy, None for none; not for `digits`."""
 
+    aug_repeats: int = 0
+    """How often an epoch shows each image it draws, differently augmented, in one batch; it draws so many images fewer
+    (repeated augmentation). 0 or 1 for the ordinary epoch; not for `digits`."""
+
     reprob: float = 0.25
     """Probability of random erasing; not for `digits`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "epochs", "grad_accum_steps")
-        _at_least(self, 0, "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
+        _at_least(self, 0, "aug_repeats", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
         _between(self, 0, 1, "drop_path", "smoothing", "reprob")
         _positive(self, "lr", "clip_grad")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
@@ -228,10 +232,18 @@ class TrainConfig(TrainingConfig):
 class SearchConfig(TrainingConfig):
     """Search a network of a given cost inside a dense one, then fine-tune it."""
 
+    preset: str | None = None
+    """Start from a published recipe: deit-tiny-imagenet, deit-small-imagenet or deit-base-imagenet. It comes before the
+    defaults and after the options given beside it."""
+
     weight_decay: float = 1e-3
 
     target: str = "50%"
     """Cost of the network to find: a share of the dense MACs (50%) or MACs (1.1G)."""
+
+    targets: str | None = None
+    """Several costs instead of --target, the largest first, such as 50%,30%,15%: one search passes them one after the
+    other, and each network is fine-tuned."""
 
     backend: Literal["reference", "eager", "triton"] | None = None
     """Backend of the ops; the fastest for the device if not given."""
@@ -297,8 +309,14 @@ class SearchConfig(TrainingConfig):
         _at_least(self, 1, "prunes_per_epoch")
         _between(self, 0, 1, "prune_threshold")
         _positive(self, "architecture_lr")
+        if len(self.all_targets()) > self.epochs:
+            raise ValueError(f"targets: expected at most one an epoch, got {self.targets} in {self.epochs} epochs")
         if self.finetune_epochs:
             self.finetune()
+
+    def all_targets(self) -> list[str]:
+        """The targets to pass, in their order."""
+        return [self.target] if self.targets is None else [target.strip() for target in self.targets.split(",")]
 
     def finetune(self) -> TrainConfig:
         """The fine-tuning as dense training."""

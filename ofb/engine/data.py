@@ -4,7 +4,7 @@ Three parts with one job each: `train` trains, `val` chooses the best epoch, `te
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.loader import PrefetchLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
 
 from ofb.engine.config import DataConfig, TrainingConfig
@@ -184,7 +185,10 @@ def _timm_loaders(config: DataConfig, model: nn.Module, device: torch.device) ->
             **options,
         )
 
-    return Loaders(loader(train, is_training=True, **augmentation), loader(val), loader(test))
+    train_loader = loader(train, is_training=True, **augmentation)
+    if isinstance(config, TrainingConfig) and config.aug_repeats > 1:
+        train_loader = _repeating(train_loader, config.aug_repeats)
+    return Loaders(train_loader, loader(val), loader(test))
 
 
 def _train_and_val(config: DataConfig, expected: dict[str, Any]) -> tuple[Dataset, Dataset]:
@@ -201,6 +205,44 @@ def _train_and_val(config: DataConfig, expected: dict[str, Any]) -> tuple[Datase
     # Two data sets on the same files, since each has its own transform.
     val = _dataset(config, config.train_split, expected)
     return _Part(train, sorted(order[held_out:])), _Part(val, sorted(order[:held_out]))
+
+
+class RepeatedAugmentation(Sampler):
+    """Each of a random part of the images several times in a row (Hoffer et al. 2020, as DeiT uses it).
+
+    timm's sampler of this kind needs a distributed job and an order of its own for each epoch; this one follows torch's
+    global generator.
+    """
+
+    def __init__(self, images: int, repeats: int) -> None:
+        self.drawn, self.images, self.repeats = images // repeats, images, repeats
+
+    def __len__(self) -> int:
+        return self.drawn * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.images)[: self.drawn].repeat_interleave(self.repeats).tolist())
+
+
+def _repeating(loader: DataLoader | PrefetchLoader, repeats: int) -> DataLoader | PrefetchLoader:
+    """timm's training loader with repeated augmentation."""
+    plain = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    if isinstance(plain.dataset, IterableDataset):
+        raise ValueError("aug_repeats: expected 0 for a data set that is read as a stream; leave it out")
+    repeating = DataLoader(
+        plain.dataset,
+        plain.batch_size,
+        sampler=RepeatedAugmentation(len(plain.dataset), repeats),
+        num_workers=plain.num_workers,
+        collate_fn=plain.collate_fn,
+        pin_memory=plain.pin_memory,
+        drop_last=True,
+        worker_init_fn=plain.worker_init_fn,
+    )
+    if plain is loader:
+        return repeating
+    loader.loader = repeating
+    return loader
 
 
 class _Part(Subset):

@@ -1,7 +1,11 @@
 """The search: train a supernet until every size is final, then fine-tune the network it found."""
 
+import json
+from pathlib import Path
+
 from torch import Tensor, nn
 
+from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig
 from ofb.engine.journal import Journal
 from ofb.engine.train import (
@@ -19,9 +23,12 @@ from ofb.engine.train import (
     train,
 )
 from ofb.supernet import Supernet
+from ofb.supernet.families import build, describe
+from ofb.supernet.importance import leave_one_out, rank_correlation
 
 SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
+IMPORTANCE_IMAGES = 256  # of the validation images, to leave units out on
 
 
 def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) -> Supernet:
@@ -30,9 +37,11 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
     Raises:
         ValueError: the target is out of reach, or the model cannot be searched.
     """
+    target, *later_targets = config.all_targets()
     return Supernet(
         model,
-        config.target,
+        target,
+        later_targets=later_targets,
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=_warmup_epochs(config),
@@ -72,21 +81,52 @@ def search(
         teacher: to distil from, with `config.distillation`.
 
     Raises:
-        ValueError: the supernet was made for another number of steps, or the run cannot be resumed.
+        ValueError: the supernet was made for another number of steps or targets, or the run cannot be resumed.
         FloatingPointError: the loss is no longer finite.
     """
     config = config or SearchConfig()
-    steps = config.epochs * len(train_loader)
+    if config.targets is not None:
+        raise ValueError(f"targets: expected None, got {config.targets}; ofb.search_targets searches several")
+    return search_targets(supernet, train_loader, val_loader, config, teacher=teacher)[config.target]
+
+
+def search_targets(
+    supernet: Supernet,
+    train_loader: Loader,
+    val_loader: Loader,
+    config: SearchConfig,
+    *,
+    teacher: nn.Module | None = None,
+) -> dict[str, nn.Module]:
+    """`search` for several targets at once: the networks that one search finds on its way, each fine-tuned.
+
+    The epochs are shared out evenly. At the end of its share a target's network is extracted from a copy of the
+    supernet, which goes on to the next.
+
+    Returns:
+        The network of each of `config.all_targets()`.
+    """
+    steps, targets = config.epochs * len(train_loader), config.all_targets()
     if supernet.total_steps != steps:
         raise ValueError(
             f"supernet: expected one for {config.epochs} epochs of {len(train_loader)} steps, got one for "
             f"{supernet.total_steps} steps in all; make it with ofb.Supernet(..., epochs=, steps_per_epoch=)"
         )
-    model = _search_sizes(supernet, train_loader, val_loader, config, teacher)
+    if len(supernet.targets) != len(targets):
+        raise ValueError(
+            f"supernet: expected one for the targets {', '.join(targets)}, got one for {len(supernet.targets)}; "
+            "make it with ofb.Supernet(..., target=, later_targets=)"
+        )
+    found = _search_sizes(supernet, train_loader, val_loader, config, teacher)
     print(describe_choices(supernet), flush=True)
-    if not config.finetune_epochs:
-        return model
-    return train(model, train_loader, val_loader, config.finetune(), teacher=teacher, stage="finetune")
+    _report_importance(supernet, val_loader, config)
+    networks = {}
+    for target, model in zip(targets, found, strict=True):
+        if config.finetune_epochs:
+            stage = "finetune" if config.targets is None else f"finetune-{target}"
+            model = train(model, train_loader, val_loader, config.finetune(), teacher=teacher, stage=stage)
+        networks[target] = model
+    return networks
 
 
 def describe_reach(supernet: Supernet) -> str:
@@ -113,8 +153,8 @@ def describe_choices(supernet: Supernet) -> str:
 
 def _search_sizes(
     supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig, teacher: nn.Module | None
-) -> nn.Module:
-    """Train the supernet until its sizes are final, and extract the network."""
+) -> list[nn.Module]:
+    """Train the supernet until its sizes are final; the network of each target."""
     device = pick_device(config)
     supernet.to(device)
     set_drop_path(supernet.model, config.drop_path)
@@ -134,12 +174,13 @@ def _search_sizes(
         device,
         revision=lambda: supernet.revision,
     )
-    start = 0
+    start, found = 0, []
     state = resumed_state(config, "search")
     if state is not None:
         start = state["epoch"]
         supernet.load_state_dict(state["supernet"])
         optimization.load_state_dict(state["optimization"])
+        found = [_network(each, like=supernet.model) for each in state["found"]]
     else:
         print(describe_reach(supernet), flush=True)
 
@@ -159,14 +200,46 @@ def _search_sizes(
             alive = supernet.alive_candidates()
             figures["alive"] = sum(alive.values())
             journal.record(epoch, config.epochs, losses | figures | {"alive_candidates": alive})
+            if len(supernet.targets) * (epoch + 1) >= config.epochs * (len(found) + 1) and not supernet.finished:
+                found.append(supernet.extract())
+                supernet.next_target()
             save_state(
                 config,
                 "search",
                 epoch=epoch + 1,
                 supernet=supernet.state_dict(),
                 optimization=optimization.state_dict(),
+                found=[{"architecture": describe(model), "weights": model.state_dict()} for model in found],
             )
-    return supernet.extract()
+    return [*found, supernet.extract()]
+
+
+def _network(saved: dict, like: nn.Module) -> nn.Module:
+    model = build(saved["architecture"])
+    model.pretrained_cfg = model.default_cfg = like.pretrained_cfg
+    model.load_state_dict(saved["weights"])
+    return model
+
+
+def _report_importance(supernet: Supernet, val_loader: Loader, config: SearchConfig) -> None:
+    """Print the rank correlation of importance and leave-one-out loss; the sample goes into the run folder."""
+    seed_everything(config.seed, "importance", 0)
+    device = pick_device(config)
+    images, targets = next(iter(val_loader))
+    sampled = leave_one_out(supernet, images[:IMPORTANCE_IMAGES].to(device), targets[:IMPORTANCE_IMAGES].to(device))
+    correlations = {name: rank_correlation(*pair) for name, pair in sampled.items()}
+    mean = sum(correlations.values()) / max(1, len(correlations))
+    print(
+        f"importance against the loss without a unit: rank correlation {mean:.2f} "
+        f"(mean of {len(correlations)} submodules)",
+        flush=True,
+    )
+    if config.output is not None:
+        entries = {
+            name: {"importance": importance, "loss_change": change, "rank_correlation": correlations[name]}
+            for name, (importance, change) in sampled.items()
+        }
+        write_text(Path(config.output) / "importance.json", json.dumps(entries, indent=1) + "\n")
 
 
 def _warmup_epochs(config: SearchConfig) -> float:

@@ -2,9 +2,10 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -43,6 +44,7 @@ class Supernet(nn.Module):
     Args:
         model: a timm VisionTransformer (ViT, DeiT, distilled DeiT); taken over, not copied.
         target: cost of the network to find: "50%" of the dense MACs, "1.1G", a number, or {"macs": …}.
+        later_targets: ever smaller ones that the search goes on to, each with `next_target()`.
         epochs: length of the search.
         steps_per_epoch: optimizer steps in an epoch (the default is ImageNet-1K at batch 1024).
         warmup_epochs: epochs over which λ falls and the share of masked patches grows; a fifth of `epochs` if None.
@@ -68,6 +70,7 @@ class Supernet(nn.Module):
         model: nn.Module,
         target: str | float | Mapping[str, str | float] = "50%",
         *,
+        later_targets: Sequence[str | float | Mapping[str, str | float]] = (),
         epochs: int = 100,
         steps_per_epoch: int = 1251,
         warmup_epochs: float | None = None,
@@ -115,7 +118,8 @@ class Supernet(nn.Module):
         like = {"device": weight.device, "dtype": weight.dtype}
         self.macs = self.family.macs(model)
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
-        self.target_macs = parse_target(target, self.dense_macs)
+        self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
+        self.targets_passed = 0
         self.bimasks = nn.ModuleDict({n: BiMask(s.candidates, score_mean, **like) for n, s in submodules.items()})
         pixels = model.patch_embed.proj.weight[0].numel()
         self.decoder = nn.Linear(model.embed_dim, pixels, **like)  # of each token: the paper's 1 × 1 convolution
@@ -133,11 +137,16 @@ class Supernet(nn.Module):
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
-        self._check_target()
+        self._check_targets()
 
     @property
     def family(self) -> ModuleType:
         return FAMILIES[self.family_name]
+
+    @property
+    def target_macs(self) -> int:
+        """The target the search is on its way to."""
+        return self.targets[self.targets_passed]
 
     # ---- the forward pass and its losses ----
 
@@ -193,21 +202,26 @@ class Supernet(nn.Module):
         if self.steps >= self.total_steps:
             self.finalize(optimizer)
 
+    def next_target(self) -> None:
+        """Go on to the next of the later targets; `extract()` before gives the network of this one."""
+        self.targets_passed += 1
+        self.revision += 1  # the target is a constant of the step
+
     def prune(self, optimizer: Optimizer | None = None) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left.
 
-        A submodule keeps its candidates where dropping them would leave no combination that meets the target.
+        A submodule keeps its candidates where dropping them would leave some target without a combination to meet it.
         """
         alive = {name: bimask.alive for name, bimask in self.bimasks.items()}
         wanted = {name: bimask.survivors(self.prune_threshold) for name, bimask in self.bimasks.items()}
         changed = [name for name in alive if not torch.equal(alive[name], wanted[name])]
         if not changed:
             return
-        if self._choose(alive | wanted) is None:
+        if not self._can_meet_targets(alive | wanted):
             wanted = {}
             for name in changed:
                 trial = alive | wanted | {name: self.bimasks[name].survivors(self.prune_threshold)}
-                if self._choose(trial) is not None:
+                if self._can_meet_targets(trial):
                     wanted[name] = trial[name]
         for name in changed:
             if name in wanted:
@@ -282,10 +296,10 @@ class Supernet(nn.Module):
     # ---- saving and loading ----
 
     def get_extra_state(self) -> dict:
-        return {"steps": self.steps, "choices": self.choices}
+        return {"steps": self.steps, "choices": self.choices, "targets_passed": self.targets_passed}
 
     def set_extra_state(self, state: dict) -> None:
-        self.steps, self.choices = state["steps"], list(state["choices"])
+        self.steps, self.choices, self.targets_passed = state["steps"], list(state["choices"]), state["targets_passed"]
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """Load a state, first cutting this supernet to the sizes it had when the state was saved."""
@@ -377,20 +391,31 @@ class Supernet(nn.Module):
     def _choose(self, alive: Mapping[str, Tensor]) -> dict[str, tuple[int, int]] | None:
         return choose_sizes(self.macs, self._options(alive), self.target_macs)
 
-    def _check_target(self) -> None:
+    def _can_meet_targets(self, alive: Mapping[str, Tensor]) -> bool:
+        options = self._options(alive)
+        return all(choose_sizes(self.macs, options, each) is not None for each in self.targets[self.targets_passed :])
+
+    def _check_targets(self) -> None:
         least, most = self.reachable()
-        alive = {name: bimask.alive for name, bimask in self.bimasks.items()}
-        if not least <= self.target_macs <= most:
-            raise ValueError(
-                f"target: expected between {readable(least)} and {readable(most)} MACs "
-                f"({least / self.dense_macs:.1%} to {most / self.dense_macs:.0%} of dense), "
-                f"got {readable(self.target_macs)} ({self.target_macs / self.dense_macs:.1%}); choose one within"
-            )
-        if self._choose(alive) is None:
-            raise ValueError(
-                f"target: no combination of candidate sizes costs within {TOLERANCE:.0%} below "
-                f"{readable(self.target_macs)} MACs; choose a slightly different target"
-            )
+        options = self._options({name: bimask.alive for name, bimask in self.bimasks.items()})
+        for target in self.targets:
+            if not least <= target <= most:
+                raise ValueError(
+                    f"target: expected between {readable(least)} and {readable(most)} MACs "
+                    f"({least / self.dense_macs:.1%} to {most / self.dense_macs:.0%} of dense), "
+                    f"got {readable(target)} ({target / self.dense_macs:.1%}); choose one within"
+                )
+            if choose_sizes(self.macs, options, target) is None:
+                raise ValueError(
+                    f"target: no combination of candidate sizes costs within {TOLERANCE:.0%} below "
+                    f"{readable(target)} MACs; choose a slightly different target"
+                )
+        for larger, smaller in pairwise(self.targets):
+            if smaller >= larger * (1 - TOLERANCE):
+                raise ValueError(
+                    f"later_targets: expected each at least {TOLERANCE:.0%} below the one before, got "
+                    f"{readable(smaller)} MACs after {readable(larger)}; give the largest first"
+                )
 
     def _keep_candidates(self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str | None) -> None:
         """Remove the units no living candidate keeps, then the dead candidates, and note a size that became final."""
