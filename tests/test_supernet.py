@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ofb.supernet import Supernet
@@ -339,15 +340,48 @@ def test_figures():
 
 def test_parameter_groups():
     supernet = make_supernet()
-    decay, no_decay, architecture = supernet.parameter_groups(weight_decay=0.01, architecture_lr=0.5)
+    decay, no_decay, score, architecture = supernet.parameter_groups(0.01, architecture_lr=0.5, score_lr=0.3)
     names = {p: n for n, p in supernet.named_parameters()}
     assert {names[p] for p in architecture["params"]} == {f"bimasks.{n}.alpha" for n in supernet.bimasks}
     assert (architecture["betas"], architecture["lr"], architecture["weight_decay"]) == ((0.5, 0.999), 0.5, 0.0)
-    assert {"model.cls_token", "model.pos_embed", "mask_token", "bimasks.embed.score"} <= {
+    assert {names[p] for p in score["params"]} == {f"bimasks.{n}.score" for n in supernet.bimasks}
+    assert (score["lr"], score["weight_decay"]) == (0.3, 0.0)
+    assert {"model.cls_token", "model.pos_embed", "mask_token", "bimasks.embed.scale"} <= {
         names[p] for p in no_decay["params"]
     }
     assert all(p.dim() >= 2 for p in decay["params"])
-    assert len(decay["params"]) + len(no_decay["params"]) + len(architecture["params"]) == len(names)
+    assert sum(len(group["params"]) for group in (decay, no_decay, score, architecture)) == len(names)
+    assert all("lr" not in group for group in supernet.parameter_groups())
+
+
+def test_scores_start_in_the_order_of_magnitude():
+    torch.manual_seed(1)
+    random = make_supernet(score_init="random")
+    torch.manual_seed(1)
+    ranked = make_supernet()
+    for name, bimask in ranked.bimasks.items():
+        assert torch.equal(bimask.score.sort().values, random.bimasks[name].score.sort().values)
+    fc1, fc2 = ranked.model.blocks[0].mlp.fc1, ranked.model.blocks[0].mlp.fc2
+    magnitude = fc1.weight.square().sum(1) + fc2.weight.square().sum(0) + fc1.bias.square()
+    assert torch.equal(ranked.bimasks["mlp0"].score.argsort(), magnitude.argsort())
+    with pytest.raises(ValueError, match="score_init: expected one of magnitude, random, got 'zero'"):
+        make_supernet(score_init="zero")
+
+
+def test_without_masked_image_modelling():
+    supernet = make_supernet(mask_ratio_start=0.0, mask_ratio_end=0.0)
+    images, targets = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    losses = supernet.loss(images, targets)
+    losses.total.backward()
+    assert losses.reconstruction == 0 and supernet.mask_token.grad is None
+    expected = F.cross_entropy(supernet(images), targets, label_smoothing=0.1)
+    torch.testing.assert_close(losses.classification, expected)
+
+
+@pytest.mark.parametrize("name", ["lam_start", "lam_end", "mask_ratio_start", "mask_ratio_end"])
+def test_shares_are_shares(name):
+    with pytest.raises(ValueError, match=f"{name}: expected 0 to 1, got 1.5"):
+        make_supernet(**{name: 1.5})
 
 
 @pytest.mark.parametrize(

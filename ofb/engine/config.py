@@ -264,11 +264,17 @@ class SearchConfig(TrainingConfig):
     """Share of the patches that are masked and rebuilt after the warm-up; 0 for both leaves masked image modelling
     out."""
 
+    score_init: Literal["magnitude", "random"] = "magnitude"
+    """Start with the units of largest weights as the most important ones, or in any order as the paper does."""
+
     score_mean: float = 0.0
     """Where the importance logits start; importance starts at their sigmoid."""
 
     architecture_lr: float | None = None
     """Learning rate of the architecture logits at its peak; --lr if not given."""
+
+    score_lr: float | None = None
+    """Learning rate of the importance logits at its peak; --lr if not given."""
 
     one_hot_weight: float = 0.5
     """Weight of the adaptive one-hot loss."""
@@ -308,7 +314,7 @@ class SearchConfig(TrainingConfig):
         _at_least(self, 0, "finetune_epochs", "finetune_weight_decay", "one_hot_weight", "macs_weight")
         _at_least(self, 1, "prunes_per_epoch")
         _between(self, 0, 1, "prune_threshold")
-        _positive(self, "architecture_lr")
+        _positive(self, "architecture_lr", "score_lr")
         if len(self.all_targets()) > self.epochs:
             raise ValueError(f"targets: expected at most one an epoch, got {self.targets} in {self.epochs} epochs")
         if self.finetune_epochs:

@@ -50,6 +50,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         lam_end=config.lam_end,
         mask_ratio_start=config.mask_ratio_start,
         mask_ratio_end=config.mask_ratio_end,
+        score_init=config.score_init,
         score_mean=config.score_mean,
         criterion=config.criterion(),
         one_hot_weight=config.one_hot_weight,
@@ -159,7 +160,7 @@ def _search_sizes(
     supernet.to(device)
     set_drop_path(supernet.model, config.drop_path)
     teach = teaching(teacher, config, device)
-    groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr)
+    groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr, config.score_lr)
 
     def loss_of(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         losses = vars(supernet.loss(images, targets, teach(images)))

@@ -50,6 +50,12 @@ class BiMask(nn.Module):
         self.candidates = candidates
         self.final = self.alpha.numel() == 1
 
+    @torch.no_grad()
+    def rank_scores_by(self, importance: Tensor) -> None:
+        """Hand out the scores there are anew: the largest to the unit of largest importance (H · d,), and so on."""
+        ranked = self.score.sort(descending=True).values
+        self.score[importance.argsort(descending=True, stable=True)] = ranked
+
     def mask(self, lam: Tensor | float) -> Tensor:
         """m (H, d): λ·S + (1 − λ)·V while the size is open, the learned scale once it is final."""
         if self.final:

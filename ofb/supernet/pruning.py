@@ -23,6 +23,16 @@ class Coupling:
     repeats: int = 1
 
 
+@torch.no_grad()
+def unit_magnitudes(module: nn.Module, couplings: Iterable[Coupling], units: int) -> Tensor:
+    """‖w‖² of everything that belongs to each of a submodule's units, (units,)."""
+    total = torch.zeros((), device=next(module.parameters()).device)
+    for coupling in couplings:
+        weights = module.get_parameter(coupling.parameter).movedim(coupling.dim, 0)
+        total = total + weights.square().reshape(coupling.repeats, units, -1).sum((0, 2))
+    return total
+
+
 def keep_units(
     module: nn.Module, couplings: Iterable[Coupling], index: Tensor, units: int, optimizer: Optimizer | None
 ) -> None:

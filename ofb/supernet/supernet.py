@@ -17,12 +17,13 @@ from ofb.supernet.budget import TOLERANCE, choose_sizes, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.losses import Criterion, macs_loss, reconstruction_loss
 from ofb.supernet.macs import readable
-from ofb.supernet.pruning import Coupling, keep_units
+from ofb.supernet.pruning import Coupling, keep_units, unit_magnitudes
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
 from ofb_kernels import use_backend
 
 RESIDUAL_MASKS = ("stream", "input")
+SCORE_INITS = ("magnitude", "random")
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Supernet(nn.Module):
         lam_start, lam_end: λ, the share of the importance in a mask, at step 0 and after the warm-up.
         mask_ratio_start, mask_ratio_end: share of the patches that are masked and rebuilt, at step 0 and after the
             warm-up; both 0 leave masked image modelling out.
+        score_init: "magnitude" gives the largest of the random initial scores to the units of largest weights; "random"
+            leaves them as they fall.
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
         criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
         one_hot_weight, macs_weight: weights of these losses.
@@ -79,6 +82,7 @@ class Supernet(nn.Module):
         lam_end: float = 0.1,
         mask_ratio_start: float = 0.05,
         mask_ratio_end: float = 0.25,
+        score_init: str = "magnitude",
         score_mean: float = 0.0,
         criterion: Criterion | None = None,
         one_hot_weight: float = 0.5,
@@ -96,6 +100,8 @@ class Supernet(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if residual_mask not in RESIDUAL_MASKS:
             raise ValueError(f"residual_mask: expected one of {', '.join(RESIDUAL_MASKS)}, got {residual_mask!r}")
+        if score_init not in SCORE_INITS:
+            raise ValueError(f"score_init: expected one of {', '.join(SCORE_INITS)}, got {score_init!r}")
         shares = {"lam_start": lam_start, "lam_end": lam_end}
         shares |= {"mask_ratio_start": mask_ratio_start, "mask_ratio_end": mask_ratio_end}
         for name, value in shares.items():
@@ -121,6 +127,10 @@ class Supernet(nn.Module):
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
         self.bimasks = nn.ModuleDict({n: BiMask(s.candidates, score_mean, **like) for n, s in submodules.items()})
+        if score_init == "magnitude":
+            for name, submodule in submodules.items():
+                units = submodule.candidates.units
+                self.bimasks[name].rank_scores_by(unit_magnitudes(model, submodule.couplings, units))
         pixels = model.patch_embed.proj.weight[0].numel()
         self.decoder = nn.Linear(model.embed_dim, pixels, **like)  # of each token: the paper's 1 × 1 convolution
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim, **like))
@@ -270,28 +280,27 @@ class Supernet(nn.Module):
         """How many candidates each submodule has left."""
         return {name: int(bimask.alive.sum()) for name, bimask in self.bimasks.items()}
 
-    def parameter_groups(self, weight_decay: float = 1e-3, architecture_lr: float | None = None) -> list[dict]:
-        """Parameter groups for a torch optimizer: decayed weights, the rest, and the architecture logits.
+    def parameter_groups(
+        self, weight_decay: float = 1e-3, architecture_lr: float | None = None, score_lr: float | None = None
+    ) -> list[dict]:
+        """Parameter groups for a torch optimizer: decayed weights, the rest, scores, and the architecture logits.
 
         Args:
             weight_decay: on matrices; biases, norms, tokens, scores and scales have none.
-            architecture_lr: learning rate of the architecture logits, the optimizer's own if None.
+            architecture_lr, score_lr: learning rates of the logits and of the scores, the optimizer's own if None.
         """
-        decay, no_decay, architecture = [], [], []
+        names = ("decay", "no_decay", "score", "architecture")
+        parameters = {name: [] for name in names}
         for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            is_token = name.endswith(("token", "pos_embed"))
-            group = architecture if name.endswith(".alpha") else no_decay if parameter.dim() < 2 or is_token else decay
-            group.append(parameter)
-        architecture_group = {"params": architecture, "weight_decay": 0.0, "betas": (0.5, 0.999)}
-        if architecture_lr is not None:
-            architecture_group["lr"] = architecture_lr
-        return [
-            {"params": decay, "weight_decay": weight_decay},
-            {"params": no_decay, "weight_decay": 0.0},
-            architecture_group,
-        ]
+            if parameter.requires_grad:
+                parameters[_group_of(name, parameter)].append(parameter)
+        groups = {name: {"params": parameters[name], "weight_decay": 0.0} for name in names}
+        groups["decay"]["weight_decay"] = weight_decay
+        groups["architecture"]["betas"] = (0.5, 0.999)
+        for name, rate in (("architecture", architecture_lr), ("score", score_lr)):
+            if rate is not None:
+                groups[name]["lr"] = rate
+        return list(groups.values())
 
     # ---- saving and loading ----
 
@@ -445,3 +454,12 @@ class Supernet(nn.Module):
 
     def _backend(self) -> AbstractContextManager:
         return nullcontext() if self.backend is None else use_backend(self.backend)
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    if name.endswith(".alpha"):
+        return "architecture"
+    if name.endswith(".score"):
+        return "score"
+    is_token = name.endswith(("token", "pos_embed"))
+    return "no_decay" if parameter.dim() < 2 or is_token else "decay"

@@ -1,35 +1,22 @@
-"""Which method finds the better small network? Accuracy at the same MACs, for the same epochs and recipe.
+"""The methods that are compared, and a run of one of them: make a small network of the dense one, train it, judge it."""
 
-    python -m benchmarks.fashion_mnist                       # lays out the data, once
-    python -m benchmarks.quality [--data torch/fashion_mnist] [--methods ofb uniform …] [--targets 50% 30% 15%]
-
-A dense network is trained once. Every method makes a smaller one of it, three seeds each: the rivals shrink it and
-fine-tune for as many epochs as OFB searches and fine-tunes in all. Validation images choose the epoch, test images only
-report. Results go to a CSV, one row a run; runs that stand there already are not repeated.
-"""
-
-import argparse
 import copy
-import csv
 import io
-import os
 import subprocess
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 import ofb
-from benchmarks import rivals
-from benchmarks.images import small_images
+from benchmarks.quality import rivals
+from benchmarks.quality.images import small_images
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import Loaders, create_loaders
 from ofb.engine.journal import Journal
@@ -40,7 +27,6 @@ from ofb.report import cpu_latency
 from ofb.supernet.families import count_macs
 
 CPU = torch.device("cpu")
-RESULTS = Path(__file__).parent / "results" / "quality"
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,8 @@ SETTINGS = {
     "torch/fashion_mnist": Setting(
         "torch/fashion_mnist",
         dict(img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=96, depth=4, num_heads=4),
-        dense_epochs=50,
+        dense_epochs=150,
+        dense_lr=2e-3,
         search_epochs=8,
         finetune_epochs=12,
         train_images=20_000,
@@ -152,7 +139,7 @@ def two_stage(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, ta
     def loss_of(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"loss": supernet.loss(x, y, teach(x)).total}
 
-    groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr)
+    groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr, config.score_lr)
     optimizer, halved = make_optimizer(groups, config, 1.0), replace(config, epochs=half)
     optimization = Optimization(optimizer, loss_of, halved, 0.2 * half, len(loaders.train), CPU)
     for epoch in range(half):
@@ -223,9 +210,7 @@ METHODS = dict.fromkeys(OFB, search) | {
 
 
 def search_config(job: Job, setting: Setting, **options) -> SearchConfig:
-    given = dict(option.split("=", 1) for option in job.options)
-    defaults = {f.name: type(f.default) for f in fields(SearchConfig) if f.default is not MISSING}
-    given = {k: v if defaults[k] in (str, type(None)) and not _number(v) else float(v) for k, v in given.items()}
+    given = {name: yaml.safe_load(value) for name, value in (option.split("=", 1) for option in job.options)}
     return SearchConfig(
         **dict(
             epochs=setting.search_epochs,
@@ -283,7 +268,11 @@ def train_dense(data: str) -> None:
     model.pretrained_cfg = model.default_cfg = {"input_size": next(iter(loaders.val))[0].shape[1:], "num_classes": 10}
     job = Job(data, "dense", "100%", 0)
     config = replace(
-        train_config(job, setting, setting.dense_epochs), lr=setting.dense_lr, drop_path=0.1, output=str(folder)
+        train_config(job, setting, setting.dense_epochs),
+        lr=setting.dense_lr,
+        drop_path=0.1,
+        clip_grad=1.0,
+        output=str(folder),
     )
     ofb.train(model, loaders.train, loaders.val, config)
     ofb.save(model, folder)
@@ -292,81 +281,3 @@ def train_dense(data: str) -> None:
 
 def commit() -> str:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", choices=list(SETTINGS), default="torch/fashion_mnist")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--targets", nargs="+", default=["50%", "30%", "15%"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--distillation", nargs="+", choices=["", "soft", "hard"], default=[""])
-    parser.add_argument("--options", nargs="+", default=[], help="options of the search for the OFB methods, key=value")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, a core each")
-    parser.add_argument("--output", type=Path, help="CSV; default: benchmarks/results/quality/<data>.csv")
-    arguments = parser.parse_args()
-    path = arguments.output or RESULTS / f"{arguments.data.replace('/', '-')}.csv"
-    train_dense(arguments.data)
-    rows = read_rows(path)
-    known = {tuple(str(row[name]) for name in KEY) for row in rows}
-    jobs = [
-        Job(arguments.data, method, target, seed, distillation, tuple(arguments.options))
-        for seed in arguments.seeds
-        for distillation in arguments.distillation
-        for target in arguments.targets
-        for method in arguments.methods
-    ]
-    jobs = [job for job in jobs if tuple(_key(job)) not in known]
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run, job) for job in jobs]):
-            row = done.result()
-            rows.append(row)
-            write_rows(rows, path)
-            shown = (
-                "method",
-                "target",
-                "seed",
-                "distillation",
-                "options",
-                "val_top1",
-                "test_top1",
-                "left_open",
-                "seconds",
-            )
-            print("  ".join(f"{name} {row[name]}" for name in shown if row[name] != ""), flush=True)
-
-
-KEY = ("data", "method", "target", "seed", "distillation", "options")
-
-
-def _key(job: Job) -> Iterator[str]:
-    for name in KEY:
-        value = getattr(job, name)
-        yield " ".join(value) if name == "options" else str(value)
-
-
-def _number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Lay out Fashion-MNIST (Xiao et al. 2017: 70,000 images of clothes, 28 × 28, 10 classes) as torchvision reads it.
 
     apt-get install dataset-fashion-mnist
-    python -m benchmarks.fashion_mnist [--source /usr/share/datasets/fashion-mnist] [--data-dir data]
+    python -m benchmarks.quality.fashion_mnist [--source /usr/share/datasets/fashion-mnist] [--data-dir data]
 
 Afterwards `--data torch/fashion_mnist --data-dir data` works everywhere.
 """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ofb.supernet.budget import choose_sizes
 from ofb.supernet.families import build, count_macs, describe, vit
-from ofb.supernet.pruning import keep_units
+from ofb.supernet.pruning import keep_units, unit_magnitudes
 from ofb_kernels.reference import unit_ranks
 
 Size = tuple[int, int]  # heads, channels; one head for submodules without
@@ -82,17 +82,12 @@ def uniform_sizes(dense: nn.Module, target: int) -> dict[str, Size]:
     return sizes(max(share for share in shares if costs[share] <= target))
 
 
-@torch.no_grad()
 def magnitudes(model: nn.Module) -> dict[str, Tensor]:
     """‖weights‖² of each unit (H, d), over everything that belongs to it."""
-    found = {}
-    for name, submodule in vit.submodules(model).items():
-        total = 0
-        for coupling in submodule.couplings:
-            weights = model.get_parameter(coupling.parameter).movedim(coupling.dim, 0)
-            total = total + weights.square().reshape(coupling.repeats, submodule.candidates.units, -1).sum((0, 2))
-        found[name] = total.view(submodule.candidates.full)
-    return found
+    return {
+        name: unit_magnitudes(model, s.couplings, s.candidates.units).view(s.candidates.full)
+        for name, s in vit.submodules(model).items()
+    }
 
 
 @torch.no_grad()

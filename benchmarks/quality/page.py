@@ -1,0 +1,158 @@
+"""The page of results: benchmarks/QUALITY.md and its pictures, from the CSVs under benchmarks/quality/results.
+
+python -m benchmarks.quality.page
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.measure import ROOT
+from benchmarks.quality.results import FOLDER, Mean, Row, csv_path, difference, read_rows
+
+PATH = ROOT / "QUALITY.md"
+TRAIL = FOLDER / "tried.csv"
+COSTS = {"macs": "MACs (M)", "params": "parameters (K)", "latency_ms": "CPU latency, one image (ms)"}
+UNITS = {"macs": 1e6, "params": 1e3, "latency_ms": 1.0}
+
+Series = dict[tuple[str, str], list[Row]]  # (method, target) → its runs
+
+
+def main() -> None:
+    for data in data_sets():
+        draw(series(data), dense_of(data), FOLDER / f"{csv_path(data).stem}.png")
+        draw_curve(dense_of(data), FOLDER / f"{csv_path(data).stem}-dense.png")
+    PATH.write_text(page())
+    print(f"written to {PATH}")
+
+
+def data_sets() -> list[str]:
+    return sorted({row["data"] for path in FOLDER.glob("*.csv") if path != TRAIL for row in read_rows(path)})
+
+
+def series(data: str) -> Series:
+    """Runs with the defaults, by method (distillation named with it) and target."""
+    found: Series = {}
+    for row in read_rows(csv_path(data)):
+        if not row["options"]:
+            method = row["method"] + (f", {row['distillation']} distillation" if row["distillation"] else "")
+            found.setdefault((method, row["target"]), []).append(row)
+    return found
+
+
+def dense_of(data: str) -> dict:
+    return json.loads(csv_path(data).with_suffix(".dense.json").read_text())
+
+
+def page() -> str:
+    parts = [(FOLDER / "header.md").read_text()]
+    for data in data_sets():
+        parts += ["\n", *(f"{line}\n" for line in section(data))]
+    parts += ["\n", (FOLDER / "trail.md").read_text(), "\n", *(f"{line}\n" for line in trail())]
+    return "".join(parts)
+
+
+def section(data: str) -> Iterator[str]:
+    """One data set: the dense network, a table for each target, the pictures."""
+    found, dense, stem = series(data), dense_of(data), csv_path(data).stem
+    rows = [row for runs in found.values() for row in runs]
+    hours = sum(float(row["seconds"]) for row in rows) / 3600
+    yield f"## {data}"
+    yield ""
+    yield (
+        f"Dense network: {dense['macs'] / 1e6:.2f} M MACs, {dense['params'] / 1e3:.0f} K parameters, test top-1 "
+        f"**{dense['test_top1']:.2f} %** after {len(dense['val_top1'])} epochs. {len(rows)} runs, {hours:.1f} core "
+        f"hours, torch {rows[0]['torch']}, commit {', '.join(sorted({row['commit'] for row in rows}))}."
+    )
+    yield ""
+    yield f"![accuracy against cost](quality/results/{stem}.png)"
+    yield f"![the dense network's training](quality/results/{stem}-dense.png)"
+    for target in sorted({target for _, target in found}, key=lambda text: -float(text.rstrip("%"))):
+        yield from _table(found, target)
+
+
+def _table(found: Series, target: str) -> Iterator[str]:
+    methods = {method: runs for (method, its), runs in found.items() if its == target}
+    test = {method: Mean.of(float(row["test_top1"]) for row in runs) for method, runs in methods.items()}
+    yield ""
+    yield f"### {target} of the MACs"
+    yield ""
+    yield "| method | test top-1 % | OFB's lead ± standard error | seeds | open at the end | s a run |"
+    yield "|---|---|---|---|---|---|"
+    for method in sorted(methods, key=lambda name: -test[name].mean):
+        runs = methods[method]
+        lead = ""
+        if method != "ofb" and "ofb" in test:
+            lead = "{:+.2f} ± {:.2f}".format(*difference(test["ofb"], test[method]))
+        left = [int(row["left_open"]) for row in runs if row["left_open"]]
+        left_open = f"{sum(left) / len(left):.1f}" if left else ""
+        seconds = sum(float(row["seconds"]) for row in runs) / len(runs)
+        yield f"| {method} | {test[method]} | {lead} | {len(runs)} | {left_open} | {seconds:.0f} |"
+
+
+def trail() -> Iterator[str]:
+    yield "| data | method | target | options | seed | val top-1 % | open at the end |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in read_rows(TRAIL):
+        cells = (row[name] for name in ("data", "method", "target", "options", "seed", "val_top1", "left_open"))
+        yield "| " + " | ".join(cells) + " |"
+
+
+def draw(found: Series, dense: dict, path: Path) -> None:
+    """Accuracy against each cost, a line for each method, error bars of one standard deviation over seeds."""
+    plt = _pyplot()
+    methods = list(dict.fromkeys(method for method, _ in found))
+    figure, panels = plt.subplots(1, len(COSTS), figsize=(5 * len(COSTS), 4.5), sharey=True)
+    for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
+        for index, method in enumerate(methods):
+            points = []
+            for (its, _), runs in found.items():
+                if its == method:
+                    top1 = Mean.of(float(row["test_top1"]) for row in runs)
+                    points.append((Mean.of(float(row[cost]) / UNITS[cost] for row in runs).mean, top1))
+            points.sort(key=lambda point: point[0])
+            panel.errorbar(
+                [x for x, _ in points],
+                [top1.mean for _, top1 in points],
+                [top1.deviation for _, top1 in points],
+                marker="o" if method == "ofb" else ".",
+                linewidth=2.2 if method == "ofb" else 1,
+                color="black" if method == "ofb" else plt.get_cmap("tab20")(index % 20),
+                capsize=2,
+                label=method,
+            )
+        panel.axhline(dense["test_top1"], color="#888888", linewidth=0.8, linestyle="--")
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("test top-1 % (dashed: dense)")
+    panels[-1].legend(fontsize=7, loc="lower right")
+    _save(plt, figure, path)
+
+
+def draw_curve(dense: dict, path: Path) -> None:
+    plt = _pyplot()
+    figure, panel = plt.subplots(figsize=(5, 3))
+    panel.plot(range(1, len(dense["val_top1"]) + 1), dense["val_top1"], color="#4c78a8")
+    panel.set_xlabel("epoch")
+    panel.set_ylabel("dense network, validation top-1 %")
+    panel.spines[["top", "right"]].set_visible(False)
+    _save(plt, figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt, figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The quality benchmark: rivals cost what they may and keep the right units, data lies right, rows sum up."""
+
+import gzip
+import math
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ofb
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import fashion_mnist, grid, rivals
+from benchmarks.quality.images import Batches, small_images
+from benchmarks.quality.results import Mean, difference, read_rows, write_rows
+from ofb.supernet.families import count_macs, describe, vit
+from tests.common import tiny_vit
+
+IMAGES, TARGETS = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
+
+
+def loss_of(model):
+    return F.cross_entropy(model(IMAGES), TARGETS)
+
+
+RIVALS = {
+    "uniform": rivals.uniform,
+    "from_scratch": rivals.from_scratch,
+    "random": lambda dense, target: rivals.random_sizes(dense, target, seed=3),
+    "magnitude": rivals.torch_pruning,
+    "taylor": lambda dense, target: rivals.torch_pruning(dense, target, loss_of),
+    "taylor_global": lambda dense, target: rivals.torch_pruning(dense, target, loss_of, everywhere=True),
+}
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3])
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_meet_the_target(name, share, tmp_path):
+    dense = tiny_vit().eval()
+    before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    target = int(share * count_macs(dense))
+    model = RIVALS[name](dense, target).eval()
+    assert 0.75 * target <= count_macs(model) <= target
+    assert all(torch.equal(tensor, before[key]) for key, tensor in dense.state_dict().items())
+    ofb.save(model, tmp_path)  # a plain timm model of its family, and nothing else
+    torch.testing.assert_close(ofb.load(tmp_path)(IMAGES), model(IMAGES))
+
+
+def test_shrinking_by_nothing_changes_nothing():
+    dense = tiny_vit().eval()
+    sizes = {name: submodule.candidates.full for name, submodule in vit.submodules(dense).items()}
+    same = rivals.shrink(dense, sizes, rivals.magnitudes(dense))
+    torch.testing.assert_close(same(IMAGES), dense(IMAGES))
+
+
+def test_shrinking_takes_dead_units_first():
+    """Hidden units without weights are the first to go, and nothing notices."""
+    dense = tiny_vit().eval()
+    dead = torch.arange(0, dense.blocks[0].mlp.fc1.out_features, 2)
+    with torch.no_grad():
+        for parameter in (
+            dense.blocks[0].mlp.fc1.weight,
+            dense.blocks[0].mlp.fc1.bias,
+            dense.blocks[0].mlp.fc2.weight.T,
+        ):
+            parameter[dead] = 0
+    sizes = {name: submodule.candidates.full for name, submodule in vit.submodules(dense).items()}
+    sizes["mlp0"] = (1, sizes["mlp0"][1] // 2)
+    small = rivals.shrink(dense, sizes, rivals.magnitudes(dense))
+    assert describe(small)["blocks"][0]["hidden"] == sizes["mlp0"][1]
+    torch.testing.assert_close(small(IMAGES), dense(IMAGES))
+
+
+def test_random_sizes_differ_by_seed():
+    dense = tiny_vit()
+    target = count_macs(dense) // 2
+    a, b, again = (describe(rivals.random_sizes(dense, target, seed)) for seed in (0, 1, 0))
+    assert a == again != b
+
+
+def test_batches_shuffle_shift_and_mirror():
+    images = torch.arange(10 * 36, dtype=torch.float32).view(10, 1, 6, 6)
+    still = list(Batches(images, torch.arange(10), 4, train=False))
+    assert [len(targets) for _, targets in still] == [4, 4, 2]
+    assert torch.equal(torch.cat([x for x, _ in still]), images)
+    loader = Batches(images, torch.arange(10), 4, train=True)
+    torch.manual_seed(0)
+    first = list(loader)
+    torch.manual_seed(0)
+    again = list(loader)
+    assert len(first) == len(loader) == 2
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    for batch, targets in first:
+        for image, target in zip(batch, targets, strict=True):
+            inner = image[:, 2:4, 2:4]  # wherever the image moved and whichever way it looks, these pixels are its own
+            assert torch.isin(inner, images[target]).all() and image.shape == (1, 6, 6)
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Four files as Debian ships them, with 20 training and 10 test images."""
+    source, rng = tmp_path / "source", np.random.default_rng(0)
+    source.mkdir()
+    for part, count in (("train", 20), ("t10k", 10)):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = np.array([2051, count, 28, 28], ">i4").tobytes()
+        (source / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+        labels = np.array([2049, count], ">i4").tobytes() + (np.arange(count, dtype=np.uint8) % 10).tobytes()
+        (source / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    return source
+
+
+def test_fashion_mnist_is_laid_out_and_read(fashion, tmp_path):
+    fashion_mnist.lay_out(fashion, tmp_path / "data")
+    loaders = small_images("torch/fashion_mnist", str(tmp_path / "data"), 4, train_images=12, val_images=8)
+    assert [len(part.images) for part in (loaders.train, loaders.val, loaders.test)] == [12, 8, 10]
+    assert loaders.test.targets.tolist() == list(range(10))
+    torch.testing.assert_close(loaders.train.images.mean(), torch.zeros(()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaders.train.images.std(), torch.ones(()), atol=1e-5, rtol=0)
+    train, val = ({tuple(image.flatten().tolist()) for image in part.images} for part in (loaders.train, loaders.val))
+    assert len(train | val) == 20
+
+
+def test_fashion_mnist_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        fashion_mnist.lay_out(tmp_path, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def quick_digits(monkeypatch, tmp_path):
+    setting = replace(grid.SETTINGS["digits"], dense_epochs=1, search_epochs=4, finetune_epochs=1)
+    setting = replace(setting, model=setting.model | {"embed_dim": 32, "depth": 1, "num_heads": 2})
+    monkeypatch.setitem(grid.SETTINGS, "digits", setting)
+    monkeypatch.chdir(tmp_path)
+    grid.train_dense("digits")
+
+
+@pytest.mark.parametrize("method", grid.METHODS)
+def test_every_method_runs(method, quick_digits):
+    row = grid.run(grid.Job("digits", method, "60%", seed=0, distillation="soft", options=("macs_weight=7",)))
+    dense = count_macs(ofb.load(grid.dense_folder("digits")))
+    assert 0.5 * dense < row["macs"] <= 0.6 * dense
+    assert 0 <= float(row["test_top1"]) <= 100 and row["options"] == "macs_weight=7"
+
+
+def test_rows_stay_and_known_runs_are_not_repeated(tmp_path):
+    arguments = Namespace(data="digits", methods=["ofb"], targets=["50%"], seeds=[0, 1], distillation=[""], options=[])
+    jobs = quality.jobs_of(arguments)
+    rows = [{name: getattr(jobs[0], name) for name in quality.KEY} | {"options": ""}]
+    write_rows(rows, tmp_path / "rows.csv")
+    known = {tuple(row[name] for name in quality.KEY) for row in read_rows(tmp_path / "rows.csv")}
+    assert [tuple(quality._key(job)) in known for job in jobs] == [True, False]
+
+
+def test_difference_of_means():
+    lead, error = difference(Mean.of([90, 91, 92]), Mean.of([89, 89, 89]))
+    assert lead == 2 and error == pytest.approx(1 / math.sqrt(3))
+    assert str(Mean.of([90, 91, 92])) == "91.00 ± 1.00" and Mean.of([5]).deviation == 0
