@@ -368,6 +368,21 @@ def test_scores_start_in_the_order_of_magnitude():
         make_supernet(score_init="zero")
 
 
+def test_the_macs_loss_lowers_its_target_at_the_asked_pace():
+    supernet = make_supernet(target="80%", later_targets=["40%"], epochs=4, steps_per_epoch=5, pace=0.5)
+    dense, seen = supernet.dense_macs, {}
+    for step in range(20):
+        seen[step] = float(supernet.macs_goal) / dense
+        if step == 10:
+            supernet.next_target()
+            assert float(supernet.macs_goal) / dense == pytest.approx(0.8)
+        supernet.steps += 1
+        supernet._set_schedules()
+    assert seen[0] == pytest.approx(1) and seen[4] == pytest.approx(0.84) and seen[5] == pytest.approx(0.8)
+    assert seen[9] == pytest.approx(0.8) and seen[14] == pytest.approx(0.48) and seen[19] == pytest.approx(0.4)
+    assert float(make_supernet(target="80%").macs_goal) == pytest.approx(0.8 * dense)
+
+
 def test_without_masked_image_modelling():
     supernet = make_supernet(mask_ratio_start=0.0, mask_ratio_end=0.0)
     images, targets = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])

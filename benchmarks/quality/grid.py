@@ -1,4 +1,4 @@
-"""The methods that are compared, and a run of one of them: make a small network of the dense one, train it, judge it."""
+"""The methods that are compared, and a run of one: make a small network of the dense one, train it, judge it."""
 
 import copy
 import io

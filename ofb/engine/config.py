@@ -282,6 +282,9 @@ class SearchConfig(TrainingConfig):
     macs_weight: float = 5.0
     """Weight of the MACs loss."""
 
+    pace: float = 0.0
+    """Share of the search over which the MACs loss lowers its target from the dense network's cost to the final one."""
+
     prunes_per_epoch: int = 3
     """Pruning events in an epoch."""
 

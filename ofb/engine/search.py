@@ -55,6 +55,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         criterion=config.criterion(),
         one_hot_weight=config.one_hot_weight,
         macs_weight=config.macs_weight,
+        pace=config.pace,
         prunes_per_epoch=config.prunes_per_epoch,
         prune_threshold=config.prune_threshold,
         backend=config.backend,

@@ -65,7 +65,7 @@ def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
     return torch.where(n > 1, losses, torch.zeros_like(losses))
 
 
-def macs_loss(expected: Tensor, target: float, dense: float) -> Tensor:
+def macs_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor:
     """((F(p) − F_target) / F_dense)², all in MACs."""
     return ((expected - target) / dense).square()
 

@@ -1,7 +1,7 @@
 """What changes with the step alone: λ, the share of masked patches, and when to prune."""
 
 
-def ramp(step: int, warmup_steps: int, start: float, end: float) -> float:
+def ramp(step: float, warmup_steps: float, start: float, end: float) -> float:
     """Linear from `start` at step 0 to `end` at `warmup_steps`, then constant."""
     if step >= warmup_steps:
         return end

@@ -59,6 +59,8 @@ class Supernet(nn.Module):
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
         criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
         one_hot_weight, macs_weight: weights of these losses.
+        pace: share of the search over which the MACs loss lowers its target from the dense network's cost to the
+            final one; 0 asks for the final one from the first step.
         score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
         prunes_per_epoch: pruning events in an epoch.
         prune_threshold: a candidate dies at p ≤ prune_threshold / n, with n candidates alive.
@@ -87,6 +89,7 @@ class Supernet(nn.Module):
         criterion: Criterion | None = None,
         one_hot_weight: float = 0.5,
         macs_weight: float = 5.0,
+        pace: float = 0.0,
         score_penalty: float = 1e-4,
         attention_score_penalty: float = 4e-4,
         prunes_per_epoch: int = 3,
@@ -102,7 +105,7 @@ class Supernet(nn.Module):
             raise ValueError(f"residual_mask: expected one of {', '.join(RESIDUAL_MASKS)}, got {residual_mask!r}")
         if score_init not in SCORE_INITS:
             raise ValueError(f"score_init: expected one of {', '.join(SCORE_INITS)}, got {score_init!r}")
-        shares = {"lam_start": lam_start, "lam_end": lam_end}
+        shares = {"lam_start": lam_start, "lam_end": lam_end, "pace": pace}
         shares |= {"mask_ratio_start": mask_ratio_start, "mask_ratio_end": mask_ratio_end}
         for name, value in shares.items():
             if not 0 <= value <= 1:
@@ -114,7 +117,7 @@ class Supernet(nn.Module):
         self.lam_range, self.mask_ratio_range = (lam_start, lam_end), (mask_ratio_start, mask_ratio_end)
         self.residual_mask = residual_mask
         self.criterion = criterion or Criterion()
-        self.one_hot_weight, self.macs_weight = one_hot_weight, macs_weight
+        self.one_hot_weight, self.macs_weight, self.pace = one_hot_weight, macs_weight, pace
         self.score_penalty, self.attention_score_penalty = score_penalty, attention_score_penalty
         self.prunes_per_epoch, self.prune_threshold = prunes_per_epoch, prune_threshold
         self.backend = backend
@@ -138,6 +141,7 @@ class Supernet(nn.Module):
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
         self.register_buffer("mask_ratio", torch.zeros((), **like), persistent=False)
+        self.register_buffer("macs_goal", torch.zeros((), device=weight.device), persistent=False)
         self.revision = 0  # of the tensors behind the step: whoever holds on to them looks here
         self._build_stacks()
         names = [name for stack in self.stacks.values() for name in stack.names]
@@ -182,7 +186,7 @@ class Supernet(nn.Module):
             return Losses(classification, classification.detach(), zero, zero, zero)
         with self._backend():
             logits, rebuilt = self._logits_and_reconstruction(images)
-            one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.target_macs, self.dense_macs)
+            one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.macs_goal, self.dense_macs)
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_weight * one_hot + self.macs_weight * macs + balance * rebuilt
@@ -215,7 +219,7 @@ class Supernet(nn.Module):
     def next_target(self) -> None:
         """Go on to the next of the later targets; `extract()` before gives the network of this one."""
         self.targets_passed += 1
-        self.revision += 1  # the target is a constant of the step
+        self._set_schedules()
 
     def prune(self, optimizer: Optimizer | None = None) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left.
@@ -393,6 +397,10 @@ class Supernet(nn.Module):
     def _set_schedules(self) -> None:
         self.lam.fill_(ramp(self.steps, self.warmup_steps, *self.lam_range))
         self.mask_ratio.fill_(ramp(self.steps, self.warmup_steps, *self.mask_ratio_range))
+        share = self.total_steps / len(self.targets)  # of the steps, for each target
+        before = [self.dense_macs, *self.targets][self.targets_passed]
+        steps = self.steps - self.targets_passed * share
+        self.macs_goal.fill_(ramp(max(0.0, steps), self.pace * share, before, self.target_macs))
 
     def _options(self, alive: Mapping[str, Tensor]) -> dict[str, dict[tuple[int, int], float]]:
         return {name: self.bimasks[name].sizes(grid) for name, grid in alive.items()}
