@@ -9,7 +9,7 @@ OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention ma
 
 DEMO := --batch-size 64 --drop-path 0 --mixup 0 --cutmix 0
 DEMO_DENSE := --model vit_tiny_patch16_224 --model-kwargs embed_dim=96 depth=4 num_heads=4 --epochs 100 --lr 2e-3
-DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 --architecture-lr 0.02 \
+DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 \
 	--finetune-epochs 40 --finetune-lr 1e-3 --layer-decay None --no-model-ema
 
 .DEFAULT_GOAL := help

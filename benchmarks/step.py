@@ -107,7 +107,8 @@ def make_network(
     if backend == "" and size == "full":
         return dense, compile_mode
     options = {"residual_mask": arguments.residual_mask, "backend": backend or None}
-    supernet = Supernet(dense, target="50%" if size == "full" else "15%", **options)
+    reconstruction = {"mask_ratio_start": 0.05, "mask_ratio_end": 0.25}
+    supernet = Supernet(dense, target="50%" if size == "full" else "15%", **reconstruction, **options)
     if size == "half":
         halve(supernet)
     return (copy.deepcopy(supernet.model) if backend == "" else supernet), compile_mode

@@ -25,7 +25,8 @@ def make_supernet(
     with torch.no_grad():
         for parameter in model.parameters():  # timm starts biases at 0 and norms at 1: a fold could miss them unseen
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return Supernet(model, **({"target": "50%", "epochs": 4, "steps_per_epoch": 6} | options))
+    whole_method = {"mask_ratio_start": 0.05, "mask_ratio_end": 0.25}
+    return Supernet(model, **({"target": "50%", "epochs": 4, "steps_per_epoch": 6} | whole_method | options))
 
 
 def make_batch(device="cpu", dtype=torch.float32, size=8):
@@ -351,7 +352,9 @@ def test_parameter_groups():
     }
     assert all(p.dim() >= 2 for p in decay["params"])
     assert sum(len(group["params"]) for group in (decay, no_decay, score, architecture)) == len(names)
-    assert all("lr" not in group for group in supernet.parameter_groups())
+    *weights, score, architecture = supernet.parameter_groups()
+    assert all("lr" not in group for group in weights)
+    assert score["lr"] == architecture["lr"] == pytest.approx(25 / 24)  # over 4 epochs of 6 steps
 
 
 def test_scores_start_in_the_order_of_magnitude():

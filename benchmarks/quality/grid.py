@@ -67,15 +67,17 @@ SETTINGS = {
     ),
 }
 
-# What OFB is compared with from within: itself, a part left out.
+# What OFB is compared with from within: itself, a part left out or put in.
 OFB = {
     "ofb": {},
     "ofb, importance only": {"lam_start": 1.0, "lam_end": 1.0},
     "ofb, sparsity only": {"lam_start": 0.0, "lam_end": 0.0},
     "ofb, fixed lambda": {"lam_start": 0.5, "lam_end": 0.5},
     "ofb, no one-hot": {"one_hot_weight": 0.0},
-    "ofb, no PMIM": {"mask_ratio_start": 0.0, "mask_ratio_end": 0.0},
-    "ofb, residual_mask other": {"residual_mask": "input"},
+    "ofb, PMIM": {"mask_ratio_start": 0.05, "mask_ratio_end": 0.25},
+    "ofb, residual_mask input": {"residual_mask": "input"},
+    "ofb, random scores": {"score_init": "random"},
+    "ofb, paper's weights": {"one_hot_weight": 0.5, "macs_weight": 5.0, "score_init": "random", "score_mean": 0.0},
 }
 RANDOM_TRIALS = 4
 

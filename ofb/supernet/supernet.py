@@ -22,6 +22,7 @@ from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
 from ofb_kernels import use_backend
 
+LOGIT_TRAVEL = 25.0
 RESIDUAL_MASKS = ("stream", "input")
 SCORE_INITS = ("magnitude", "random")
 
@@ -39,6 +40,9 @@ class Losses:
 
 class Supernet(nn.Module):
     """A timm model whose residual width, attention heads and channels, and hidden channels are searched.
+
+    The defaults are those that found the best networks in benchmarks/QUALITY.md; the paper's own values are in
+    `ofb.engine.presets`.
 
     Use it like a model: `loss(...)`, backward, `optimizer.step()`, then `step(optimizer)`; at the end `extract()`.
 
@@ -82,13 +86,13 @@ class Supernet(nn.Module):
         residual_mask: str = "stream",
         lam_start: float = 0.99,
         lam_end: float = 0.1,
-        mask_ratio_start: float = 0.05,
-        mask_ratio_end: float = 0.25,
+        mask_ratio_start: float = 0.0,
+        mask_ratio_end: float = 0.0,
         score_init: str = "magnitude",
-        score_mean: float = 0.0,
+        score_mean: float = 4.0,
         criterion: Criterion | None = None,
-        one_hot_weight: float = 0.5,
-        macs_weight: float = 5.0,
+        one_hot_weight: float = 0.02,
+        macs_weight: float = 100.0,
         pace: float = 0.0,
         score_penalty: float = 1e-4,
         attention_score_penalty: float = 4e-4,
@@ -291,7 +295,8 @@ class Supernet(nn.Module):
 
         Args:
             weight_decay: on matrices; biases, norms, tokens, scores and scales have none.
-            architecture_lr, score_lr: learning rates of the logits and of the scores, the optimizer's own if None.
+            architecture_lr, score_lr: learning rates of the logits and of the scores. Adam carries a logit about as far
+                as learning rate × steps; if None they are such that this is `LOGIT_TRAVEL`, however long the search.
         """
         names = ("decay", "no_decay", "score", "architecture")
         parameters = {name: [] for name in names}
@@ -302,8 +307,7 @@ class Supernet(nn.Module):
         groups["decay"]["weight_decay"] = weight_decay
         groups["architecture"]["betas"] = (0.5, 0.999)
         for name, rate in (("architecture", architecture_lr), ("score", score_lr)):
-            if rate is not None:
-                groups[name]["lr"] = rate
+            groups[name]["lr"] = LOGIT_TRAVEL / self.total_steps if rate is None else rate
         return list(groups.values())
 
     # ---- saving and loading ----
