@@ -10,6 +10,7 @@ written by `python -m benchmarks.quality.page`.
 """
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.quality.grid import METHODS, SETTINGS, Job, run, train_dense
 from benchmarks.quality.results import csv_path, read_rows, write_rows
+from ofb.engine.checkpoint import write_text
 
 KEY = ("data", "method", "target", "seed", "distillation", "options")
 SHOWN = ("method", "target", "seed", "distillation", "options", "val_top1", "test_top1", "left_open", "seconds")
@@ -26,7 +28,8 @@ SHOWN = ("method", "target", "seed", "distillation", "options", "val_top1", "tes
 def main() -> None:
     arguments = parse_arguments()
     path = arguments.output or csv_path(arguments.data)
-    train_dense(arguments.data)
+    dense = train_dense(arguments.data)
+    write_text(path.with_suffix(".dense.json"), json.dumps(dense) + "\n")
     rows = read_rows(path)
     known = {tuple(row[name] for name in KEY) for row in rows}
     jobs = [job for job in jobs_of(arguments) if tuple(_key(job)) not in known]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import subprocess
 import time
 from contextlib import redirect_stdout
@@ -259,16 +260,10 @@ def dense_folder(data: str) -> Path:
     return Path("runs/quality") / data.replace("/", "-") / "dense"
 
 
-def train_dense(data: str) -> None:
-    """Train the dense network of a setting, unless it is there."""
+def train_dense(data: str) -> dict:
+    """Train the dense network of a setting, unless it is there; what is known of it, its validation curve included."""
     folder, setting = dense_folder(data), SETTINGS[data]
-    if (folder / "model.safetensors").exists():
-        return
-    loaders = images(setting)
-    seed_everything(0, "dense", 0)
-    model = timm.create_model("vit_tiny_patch16_224", **setting.model)
-    model.pretrained_cfg = model.default_cfg = {"input_size": next(iter(loaders.val))[0].shape[1:], "num_classes": 10}
-    job = Job(data, "dense", "100%", 0)
+    loaders, job = images(setting), Job(data, "dense", "100%", 0)
     config = replace(
         train_config(job, setting, setting.dense_epochs),
         lr=setting.dense_lr,
@@ -276,9 +271,16 @@ def train_dense(data: str) -> None:
         clip_grad=1.0,
         output=str(folder),
     )
-    ofb.train(model, loaders.train, loaders.val, config)
-    ofb.save(model, folder)
-    print(f"dense: {ofb.evaluate(model, loaders.test, config)}")
+    if not (folder / "model.safetensors").exists():
+        seed_everything(0, "dense", 0)
+        model = timm.create_model("vit_tiny_patch16_224", **setting.model)
+        shape = tuple(next(iter(loaders.val))[0].shape[1:])
+        model.pretrained_cfg = model.default_cfg = {"input_size": shape, "num_classes": 10}
+        ofb.save(ofb.train(model, loaders.train, loaders.val, config), folder)
+    model = ofb.load(folder)
+    curve = [json.loads(line)["val_top1"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    test = ofb.evaluate(model, loaders.test, config)["top1"]
+    return {"macs": count_macs(model), "params": count_params(model), "test_top1": test, "val_top1": curve}
 
 
 def commit() -> str:

@@ -277,13 +277,13 @@ class SearchConfig(TrainingConfig):
     score_lr: float | None = None
     """Learning rate of the importance logits at its peak; 25 / steps of the search if not given."""
 
-    one_hot_weight: float = 0.02
+    one_hot_weight: float = 0.05
     """Weight of the adaptive one-hot loss."""
 
     macs_weight: float = 100.0
     """Weight of the MACs loss."""
 
-    pace: float = 0.0
+    pace: float = 0.3
     """Share of the search over which the MACs loss lowers its target from the dense network's cost to the final one."""
 
     prunes_per_epoch: int = 3
