@@ -23,6 +23,8 @@ OPTIONS = {
     "lr": 1e-3,
     "finetune_lr": 1e-3,
     "architecture_lr": 0.3,
+    "one_hot_weight": 0.5,  # sizes are decided within four epochs
+    "pace": 0.0,
     "device": "cpu",
 }
 
