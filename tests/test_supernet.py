@@ -367,8 +367,37 @@ def test_scores_start_in_the_order_of_magnitude():
     fc1, fc2 = ranked.model.blocks[0].mlp.fc1, ranked.model.blocks[0].mlp.fc2
     magnitude = fc1.weight.square().sum(1) + fc2.weight.square().sum(0) + fc1.bias.square()
     assert torch.equal(ranked.bimasks["mlp0"].score.argsort(), magnitude.argsort())
-    with pytest.raises(ValueError, match="score_init: expected one of magnitude, random, got 'zero'"):
+    with pytest.raises(ValueError, match="score_init: expected one of taylor, magnitude, random, got 'zero'"):
         make_supernet(score_init="zero")
+
+
+def test_rank_scores_asks_the_loss():
+    supernet = make_supernet(score_init="taylor").train()
+    before = {name: p.detach().clone() for name, p in supernet.named_parameters()}
+    batches = [(torch.randn(6, 3, 16, 16), torch.randint(5, (6,))) for _ in range(2)]
+    supernet.rank_scores(iter(batches))
+    fc1, fc2 = (supernet.model.get_submodule(f"blocks.0.mlp.{name}") for name in ("fc1", "fc2"))
+    expected = 0.0
+    for images, targets in batches:
+        loss = torch.nn.functional.cross_entropy(supernet.model.eval()(images), targets)
+        weights = (fc1.weight, fc1.bias, fc2.weight)
+        into, bias, out = ((w * g) ** 2 for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True))
+        expected = expected + into.sum(1) + bias + out.sum(0)
+    assert torch.equal(supernet.bimasks["mlp0"].score.argsort(), expected.argsort())
+    for name, parameter in supernet.named_parameters():
+        if not name.endswith(".score"):
+            assert torch.equal(parameter, before[name]) and parameter.grad is None
+        else:
+            assert torch.equal(parameter.sort().values, before[name].sort().values)
+    assert not torch.equal(supernet.bimasks["mlp0"].score, before["bimasks.mlp0.score"])
+
+
+def test_rank_scores_leaves_the_mode():
+    supernet = make_supernet().train()
+    supernet.rank_scores([(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))])
+    assert supernet.model.training
+    supernet.eval().rank_scores([(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))])
+    assert not supernet.model.training
 
 
 def test_the_macs_loss_lowers_its_target_at_the_asked_pace():

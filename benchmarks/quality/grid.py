@@ -78,6 +78,7 @@ OFB = {
     "ofb, PMIM": {"mask_ratio_start": 0.05, "mask_ratio_end": 0.25},
     "ofb, residual_mask input": {"residual_mask": "input"},
     "ofb, random scores": {"score_init": "random"},
+    "ofb, magnitude scores": {"score_init": "magnitude"},
     "ofb, paper's weights": {"one_hot_weight": 0.5, "macs_weight": 5.0, "score_init": "random", "score_mean": 0.0},
 }
 RANDOM_TRIALS = 4
@@ -150,7 +151,8 @@ def two_stage(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, ta
         run_epoch(loaders.train, optimization, supernet.step, Journal(None, "importance"), str(epoch))
     masks = {name: bimask.mask(1.0) for name, bimask in supernet.bimasks.items()}
     supernet.family.fold(supernet.model, masks, masks["embed"].flatten())
-    config = search_config(job, setting, lam_start=0.0, lam_end=0.0, epochs=setting.search_epochs - half)
+    sizes_only = {"lam_start": 0.0, "lam_end": 0.0, "score_init": "random"}
+    config = search_config(job, setting, epochs=setting.search_epochs - half, **sizes_only)
     second = make_supernet(supernet.model, config, len(loaders.train))
     for name, bimask in second.bimasks.items():
         bimask.score.data.copy_(supernet.bimasks[name].score.data)

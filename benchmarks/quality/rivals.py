@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ofb.supernet.budget import choose_sizes
 from ofb.supernet.families import build, count_macs, describe, vit
-from ofb.supernet.pruning import keep_units, unit_magnitudes
+from ofb.supernet.pruning import keep_units, squared_weight, unit_sums
 from ofb_kernels.reference import unit_ranks
 
 Size = tuple[int, int]  # heads, channels; one head for submodules without
@@ -85,7 +85,7 @@ def uniform_sizes(dense: nn.Module, target: int) -> dict[str, Size]:
 def magnitudes(model: nn.Module) -> dict[str, Tensor]:
     """‖weights‖² of each unit (H, d), over everything that belongs to it."""
     return {
-        name: unit_magnitudes(model, s.couplings, s.candidates.units).view(s.candidates.full)
+        name: unit_sums(model, s.couplings, s.candidates.units, squared_weight).view(s.candidates.full)
         for name, s in vit.submodules(model).items()
     }
 

@@ -265,8 +265,9 @@ class SearchConfig(TrainingConfig):
     """Share of the patches that are masked and rebuilt after the warm-up; 0 for both leaves masked image modelling out
     (the paper: 0.05 and 0.25)."""
 
-    score_init: Literal["magnitude", "random"] = "magnitude"
-    """Start with the units of largest weights as the most important ones, or in any order as the paper does."""
+    score_init: Literal["taylor", "magnitude", "random"] = "taylor"
+    """Which units start as the most important ones: those the loss depends on most by its Taylor expansion on some
+    training images, those of largest weights, or any as in the paper."""
 
     score_mean: float = 4.0
     """Where the importance logits start; importance starts at their sigmoid."""

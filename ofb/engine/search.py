@@ -1,8 +1,10 @@
 """The search: train a supernet until every size is final, then fine-tune the network it found."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ofb.engine.checkpoint import write_text
@@ -11,6 +13,7 @@ from ofb.engine.journal import Journal
 from ofb.engine.train import (
     Loader,
     Optimization,
+    autocast,
     evaluate,
     make_optimizer,
     pick_device,
@@ -28,6 +31,7 @@ from ofb.supernet.importance import leave_one_out, rank_correlation
 
 SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
+SCORE_BATCHES = 16  # to rank the units on before the first step
 IMPORTANCE_IMAGES = 256  # of the validation images, to leave units out on
 
 
@@ -185,6 +189,8 @@ def _search_sizes(
         found = [_network(each, like=supernet.model) for each in state["found"]]
     else:
         print(describe_reach(supernet), flush=True)
+        if supernet.score_init == "taylor":
+            _rank_scores(supernet, train_loader, config, device)
 
     def stepped() -> None:
         supernet.step(optimization.optimizer)
@@ -214,6 +220,14 @@ def _search_sizes(
                 found=[{"architecture": describe(model), "weights": model.state_dict()} for model in found],
             )
     return [*found, supernet.extract()]
+
+
+def _rank_scores(supernet: Supernet, train_loader: Loader, config: SearchConfig, device: torch.device) -> None:
+    """Rank the units by the loss on some training images, before the first epoch."""
+    seed_everything(config.seed, "scores", 0)
+    batches = ((x.to(device), y.to(device)) for x, y in islice(train_loader, SCORE_BATCHES))
+    with autocast(config, device):
+        supernet.rank_scores(batches)
 
 
 def _network(saved: dict, like: nn.Module) -> nn.Module:

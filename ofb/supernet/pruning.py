@@ -1,6 +1,6 @@
 """Physical removal of units: parameters and optimizer moments shrink alike, and parameters stay the same objects."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,28 @@ class Coupling:
 
 
 @torch.no_grad()
-def unit_magnitudes(module: nn.Module, couplings: Iterable[Coupling], units: int) -> Tensor:
-    """‖w‖² of everything that belongs to each of a submodule's units, (units,)."""
+def unit_sums(
+    module: nn.Module, couplings: Iterable[Coupling], units: int, figure: Callable[[nn.Parameter], Tensor]
+) -> Tensor:
+    """Sum of a figure of each weight, a tensor of the parameter's shape, over a submodule's units, (units,)."""
     total = torch.zeros((), device=next(module.parameters()).device)
     for coupling in couplings:
-        weights = module.get_parameter(coupling.parameter).movedim(coupling.dim, 0)
-        total = total + weights.square().reshape(coupling.repeats, units, -1).sum((0, 2))
+        figures = figure(module.get_parameter(coupling.parameter)).movedim(coupling.dim, 0)
+        total = total + figures.reshape(coupling.repeats, units, -1).sum((0, 2))
     return total
+
+
+def squared_weight(parameter: nn.Parameter) -> Tensor:
+    """w², by which a unit's sum is its magnitude."""
+    return parameter.detach().square()
+
+
+def squared_taylor(parameter: nn.Parameter) -> Tensor:
+    """(w · ∂L/∂w)²: what the loss would change by, to first order, without the weight, squared.
+
+    Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8.
+    """
+    return torch.zeros_like(parameter) if parameter.grad is None else (parameter.detach() * parameter.grad).square()
 
 
 def keep_units(

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,14 +17,14 @@ from ofb.supernet.budget import TOLERANCE, choose_sizes, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.losses import Criterion, macs_loss, reconstruction_loss
 from ofb.supernet.macs import readable
-from ofb.supernet.pruning import Coupling, keep_units, unit_magnitudes
+from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
 from ofb_kernels import use_backend
 
 LOGIT_TRAVEL = 25.0
 RESIDUAL_MASKS = ("stream", "input")
-SCORE_INITS = ("magnitude", "random")
+SCORE_INITS = ("taylor", "magnitude", "random")
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Supernet(nn.Module):
         lam_start, lam_end: λ, the share of the importance in a mask, at step 0 and after the warm-up.
         mask_ratio_start, mask_ratio_end: share of the patches that are masked and rebuilt, at step 0 and after the
             warm-up; both 0 leave masked image modelling out.
-        score_init: "magnitude" gives the largest of the random initial scores to the units of largest weights; "random"
-            leaves them as they fall.
+        score_init: who gets the largest of the random initial scores: "magnitude", the units of largest weights;
+            "taylor" the same, until `rank_scores(batches)` asks the loss; "random", as they fall.
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
         criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
         one_hot_weight, macs_weight: weights of these losses.
@@ -134,10 +134,10 @@ class Supernet(nn.Module):
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
         self.bimasks = nn.ModuleDict({n: BiMask(s.candidates, score_mean, **like) for n, s in submodules.items()})
-        if score_init == "magnitude":
-            for name, submodule in submodules.items():
-                units = submodule.candidates.units
-                self.bimasks[name].rank_scores_by(unit_magnitudes(model, submodule.couplings, units))
+        self.score_init = score_init
+        if score_init != "random":
+            for name, importance in self._unit_sums(squared_weight).items():
+                self.bimasks[name].rank_scores_by(importance)
         pixels = model.patch_embed.proj.weight[0].numel()
         self.decoder = nn.Linear(model.embed_dim, pixels, **like)  # of each token: the paper's 1 × 1 convolution
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim, **like))
@@ -197,6 +197,28 @@ class Supernet(nn.Module):
         return Losses(total, classification.detach(), one_hot.detach(), macs.detach(), rebuilt.detach())
 
     # ---- the course of the search ----
+
+    def rank_scores(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Before the first step: the largest initial scores go to the units that the loss depends on most.
+
+        Importance of a unit is the sum over its weights and the batches of (w · ∂L/∂w)², L the cross entropy of the
+        dense network; the weights stay as they are.
+
+        Args:
+            batches: images (B, C, H, W) and targets, class indices (B,) or probabilities (B, classes).
+        """
+        training = self.model.training
+        self.model.eval()
+        totals = {name: 0.0 for name in self.bimasks}
+        for images, targets in batches:
+            self.model.zero_grad()
+            nn.functional.cross_entropy(self.model(images), targets).backward()
+            for name, importance in self._unit_sums(squared_taylor).items():
+                totals[name] = totals[name] + importance
+        for name, importance in totals.items():
+            self.bimasks[name].rank_scores_by(importance)
+        self.model.zero_grad()
+        self.model.train(training)
 
     @property
     def finished(self) -> bool:
@@ -336,6 +358,13 @@ class Supernet(nn.Module):
         return result
 
     # ---- parts ----
+
+    def _unit_sums(self, figure: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """A figure of the weights, summed over each unit of each submodule."""
+        return {
+            name: unit_sums(self.model, submodule.couplings, submodule.candidates.units, figure)
+            for name, submodule in self.family.submodules(self.model).items()
+        }
 
     def _logits_and_reconstruction(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
