@@ -9,7 +9,8 @@ from ofb.engine.presets import PRESETS, preset
 # OFB (CVPR 2024), section 4.1; learning rates at 1,024 images a step.
 PAPER_SEARCH = {
     "epochs": 100, "batch_size": 1024, "opt": "adamw", "lr": 1e-3, "architecture_lr": 1e-3, "weight_decay": 1e-3,
-    "min_lr": 1e-5, "warmup_epochs": 20, "warmup_lr": 1e-6, "drop_path": 0.1, "aa": "rand-m9-mstd0.5-inc1",
+    "min_lr": 1e-5, "warmup_epochs": 20, "warmup_lr": 1e-6, "cosine_epochs": 100, "drop_path": 0.1,
+    "aa": "rand-m9-mstd0.5-inc1",
     "reprob": 0.25, "aug_repeats": 3, "pretrained": True, "smoothing": 0.1, "lam_start": 0.99, "lam_end": 0.1,
     "mask_ratio_start": 0.05, "mask_ratio_end": 0.25, "one_hot_weight": 0.5, "macs_weight": 5.0,
     "score_init": "random", "score_mean": 0.0, "score_lr": 1e-3, "pace": 0.0,

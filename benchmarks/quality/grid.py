@@ -66,6 +66,16 @@ SETTINGS = {
         train_images=20_000,
         val_images=5_000,
     ),
+    "torch/fashion_mnist-64": Setting(  # narrower: what is taken away is missed
+        "torch/fashion_mnist",
+        dict(img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4),
+        dense_epochs=150,
+        dense_lr=2e-3,
+        search_epochs=8,
+        finetune_epochs=12,
+        train_images=20_000,
+        val_images=5_000,
+    ),
 }
 
 # What OFB is compared with from within: itself, a part left out or put in.

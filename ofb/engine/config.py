@@ -293,14 +293,18 @@ class SearchConfig(TrainingConfig):
     prune_threshold: float = 0.2
     """A candidate dies when its probability falls to this share of the average."""
 
+    cosine_epochs: int | None = None
+    """Length of the search's cosine schedule; search and fine-tuning together, as if they were one training, if not
+    given (the paper: the search alone)."""
+
     finetune_epochs: int = 300
     """Length of the fine-tuning; 0 for none."""
 
     finetune_lr: float | None = None
     """Learning rate of the fine-tuning; 1.5e-4 · batch size / 256 if not given."""
 
-    finetune_warmup_epochs: float | None = None
-    """Warm-up of the fine-tuning; 5 epochs, but no more than a fifth of it, if not given."""
+    finetune_warmup_epochs: float = 0.0
+    """Warm-up of the fine-tuning; none, because it goes on where the search stopped (the paper: 5)."""
 
     finetune_weight_decay: float = 0.05
     """Weight decay of the fine-tuning."""

@@ -11,6 +11,7 @@ _DEIT_IMAGENET = {
     "batch_size": 1024,
     "epochs": 100,
     "warmup_epochs": 20.0,
+    "cosine_epochs": 100,
     "opt": "adamw",
     "lr": 2.5e-4 * 1024 / 256,
     "architecture_lr": 2.5e-4 * 1024 / 256,

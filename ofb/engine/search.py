@@ -178,6 +178,7 @@ def _search_sizes(
         _warmup_epochs(config),
         len(train_loader),
         device,
+        cosine_epochs=config.cosine_epochs or config.epochs + config.finetune_epochs,
         revision=lambda: supernet.revision,
     )
     start, found = 0, []

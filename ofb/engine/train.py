@@ -153,6 +153,7 @@ class Optimization:
         warmup_epochs: length of the warm-up.
         steps_per_epoch: optimizer steps in an epoch.
         device: of the parameters.
+        cosine_epochs: length of the schedule; `config.epochs` if None.
         revision: a number that changes whenever tensors were replaced, so that a CUDA graph would be stale.
     """
 
@@ -164,13 +165,14 @@ class Optimization:
         warmup_epochs: float,
         steps_per_epoch: int,
         device: torch.device,
+        cosine_epochs: int | None = None,
         revision: Callable[[], int] = lambda: 0,
     ) -> None:
         self.optimizer, self.loss_of, self.config, self.device = optimizer, loss_of, config, device
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.schedule = CosineLRScheduler(
             optimizer,
-            t_initial=config.epochs * steps_per_epoch,
+            t_initial=(cosine_epochs or config.epochs) * steps_per_epoch,
             lr_min=config.min_lr,
             warmup_t=round(warmup_epochs * steps_per_epoch),
             warmup_lr_init=config.warmup_lr,
