@@ -269,6 +269,9 @@ class SearchConfig(TrainingConfig):
     """Which units start as the most important ones: those the loss depends on most by its Taylor expansion on some
     training images, those of largest weights, or any as in the paper."""
 
+    architecture_init: Literal["equal", "random"] = "equal"
+    """Start with all candidate sizes equally likely, or with logits from U(0, 1) as the paper does."""
+
     score_mean: float = 4.0
     """Where the importance logits start; importance starts at their sigmoid."""
 
@@ -280,6 +283,9 @@ class SearchConfig(TrainingConfig):
 
     one_hot_weight: float = 0.05
     """Weight of the adaptive one-hot loss."""
+
+    one_hot_delay: float = 0.5
+    """Share of the search before the one-hot loss sets in: it sharpens whatever difference there is (the paper: 0)."""
 
     macs_weight: float = 100.0
     """Weight of the MACs loss."""

@@ -21,6 +21,7 @@ class BiMask(nn.Module):
     Args:
         candidates: the sizes to choose from.
         score_mean: where the scores start, give or take `SCORE_STD`; S starts at sigmoid(score_mean).
+        equal: whether all candidates start equally likely; their logits are drawn from U(0, 1) otherwise.
 
     Attributes:
         score: (H · d,), importance logits s.
@@ -35,6 +36,7 @@ class BiMask(nn.Module):
         self,
         candidates: Candidates,
         score_mean: float = 0.0,
+        equal: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -42,7 +44,7 @@ class BiMask(nn.Module):
         grid = (len(candidates.heads), len(candidates.channels))
         self.score = nn.Parameter(torch.empty(candidates.units, device=device, dtype=dtype))
         nn.init.trunc_normal_(self.score, score_mean, SCORE_STD, score_mean - 2 * SCORE_STD, score_mean + 2 * SCORE_STD)
-        self.alpha = nn.Parameter(torch.rand(grid, device=device, dtype=dtype))
+        self.alpha = nn.Parameter((torch.zeros if equal else torch.rand)(grid, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.ones_like(self.score))
         self.register_buffer("alive", torch.ones(grid, dtype=torch.bool, device=device))
         self.register_buffer("head_counts", torch.tensor(candidates.heads, device=device))

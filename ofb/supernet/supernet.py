@@ -24,6 +24,7 @@ from ofb_kernels import use_backend
 
 LOGIT_TRAVEL = 25.0
 RESIDUAL_MASKS = ("stream", "input")
+ARCHITECTURE_INITS = ("equal", "random")
 SCORE_INITS = ("taylor", "magnitude", "random")
 
 
@@ -61,8 +62,11 @@ class Supernet(nn.Module):
         score_init: who gets the largest of the random initial scores: "magnitude", the units of largest weights;
             "taylor" the same, until `rank_scores(batches)` asks the loss; "random", as they fall.
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
+        architecture_init: "equal", all candidate sizes start equally likely; "random", their logits from U(0, 1).
         criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
         one_hot_weight, macs_weight: weights of these losses.
+        one_hot_delay: share of the search before the one-hot loss sets in. It sharpens whatever difference there is, so
+            the classification loss should have made one.
         pace: share of the search over which the MACs loss lowers its target from the dense network's cost to the
             final one; 0 asks for the final one from the first step.
         score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
@@ -90,8 +94,10 @@ class Supernet(nn.Module):
         mask_ratio_end: float = 0.0,
         score_init: str = "magnitude",
         score_mean: float = 4.0,
+        architecture_init: str = "equal",
         criterion: Criterion | None = None,
         one_hot_weight: float = 0.05,
+        one_hot_delay: float = 0.5,
         macs_weight: float = 100.0,
         pace: float = 0.3,
         score_penalty: float = 1e-4,
@@ -109,7 +115,10 @@ class Supernet(nn.Module):
             raise ValueError(f"residual_mask: expected one of {', '.join(RESIDUAL_MASKS)}, got {residual_mask!r}")
         if score_init not in SCORE_INITS:
             raise ValueError(f"score_init: expected one of {', '.join(SCORE_INITS)}, got {score_init!r}")
-        shares = {"lam_start": lam_start, "lam_end": lam_end, "pace": pace}
+        if architecture_init not in ARCHITECTURE_INITS:
+            expected = ", ".join(ARCHITECTURE_INITS)
+            raise ValueError(f"architecture_init: expected one of {expected}, got {architecture_init!r}")
+        shares = {"lam_start": lam_start, "lam_end": lam_end, "pace": pace, "one_hot_delay": one_hot_delay}
         shares |= {"mask_ratio_start": mask_ratio_start, "mask_ratio_end": mask_ratio_end}
         for name, value in shares.items():
             if not 0 <= value <= 1:
@@ -121,7 +130,8 @@ class Supernet(nn.Module):
         self.lam_range, self.mask_ratio_range = (lam_start, lam_end), (mask_ratio_start, mask_ratio_end)
         self.residual_mask = residual_mask
         self.criterion = criterion or Criterion()
-        self.one_hot_weight, self.macs_weight, self.pace = one_hot_weight, macs_weight, pace
+        self.one_hot_weight, self.one_hot_delay = one_hot_weight, one_hot_delay
+        self.macs_weight, self.pace = macs_weight, pace
         self.score_penalty, self.attention_score_penalty = score_penalty, attention_score_penalty
         self.prunes_per_epoch, self.prune_threshold = prunes_per_epoch, prune_threshold
         self.backend = backend
@@ -133,7 +143,10 @@ class Supernet(nn.Module):
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
-        self.bimasks = nn.ModuleDict({n: BiMask(s.candidates, score_mean, **like) for n, s in submodules.items()})
+        equal = architecture_init == "equal"
+        self.bimasks = nn.ModuleDict(
+            {name: BiMask(s.candidates, score_mean, equal, **like) for name, s in submodules.items()}
+        )
         self.score_init = score_init
         if score_init != "random":
             for name, importance in self._unit_sums(squared_weight).items():
@@ -145,6 +158,7 @@ class Supernet(nn.Module):
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
         self.register_buffer("mask_ratio", torch.zeros((), **like), persistent=False)
+        self.register_buffer("one_hot_factor", torch.zeros((), device=weight.device), persistent=False)
         self.register_buffer("macs_goal", torch.zeros((), device=weight.device), persistent=False)
         self.revision = 0  # of the tensors behind the step: whoever holds on to them looks here
         self._build_stacks()
@@ -193,7 +207,7 @@ class Supernet(nn.Module):
             one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.macs_goal, self.dense_macs)
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
-        total = classification + self.one_hot_weight * one_hot + self.macs_weight * macs + balance * rebuilt
+        total = classification + self.one_hot_factor * one_hot + self.macs_weight * macs + balance * rebuilt
         return Losses(total, classification.detach(), one_hot.detach(), macs.detach(), rebuilt.detach())
 
     # ---- the course of the search ----
@@ -431,6 +445,8 @@ class Supernet(nn.Module):
         self.lam.fill_(ramp(self.steps, self.warmup_steps, *self.lam_range))
         self.mask_ratio.fill_(ramp(self.steps, self.warmup_steps, *self.mask_ratio_range))
         share = self.total_steps / len(self.targets)  # of the steps, for each target
+        delayed = self.steps < self.one_hot_delay * share
+        self.one_hot_factor.fill_(0.0 if delayed else self.one_hot_weight)
         before = [self.dense_macs, *self.targets][self.targets_passed]
         steps = self.steps - self.targets_passed * share
         self.macs_goal.fill_(ramp(max(0.0, steps), self.pace * share, before, self.target_macs))
