@@ -159,7 +159,9 @@ def test_interrupt_leaves_a_run_to_resume(tmp_path):
         "--output",
         str(folder),
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    # A shell's background jobs ignore Ctrl-C, and so would what they start, this test included.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **heeds) as process:
         deadline = time.monotonic() + 60
         while not (folder / "checkpoints" / "train.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

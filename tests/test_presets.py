@@ -10,11 +10,10 @@ from ofb.engine.presets import PRESETS, preset
 PAPER_SEARCH = {
     "epochs": 100, "batch_size": 1024, "opt": "adamw", "lr": 1e-3, "architecture_lr": 1e-3, "weight_decay": 1e-3,
     "min_lr": 1e-5, "warmup_epochs": 20, "warmup_lr": 1e-6, "cosine_epochs": 100, "drop_path": 0.1,
-    "aa": "rand-m9-mstd0.5-inc1",
-    "reprob": 0.25, "aug_repeats": 3, "pretrained": True, "smoothing": 0.1, "lam_start": 0.99, "lam_end": 0.1,
-    "mask_ratio_start": 0.05, "mask_ratio_end": 0.25, "one_hot_weight": 0.5, "macs_weight": 5.0,
-    "architecture_init": "random", "one_hot_delay": 0.0, "score_init": "random", "score_mean": 0.0, "score_lr": 1e-3, "pace": 0.0,
-    "prunes_per_epoch": 3, "prune_threshold": 0.2,
+    "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "aug_repeats": 3, "pretrained": True, "smoothing": 0.1,
+    "lam_start": 0.99, "lam_end": 0.1, "mask_ratio_start": 0.05, "mask_ratio_end": 0.25, "macs_weight": 5.0,
+    "one_hot_weight": 0.5, "one_hot_delay": 0.0, "architecture_init": "random", "score_init": "random",
+    "score_mean": 0.0, "score_lr": 1e-3, "pace": 0.0, "prunes_per_epoch": 3, "prune_threshold": 0.2,
 }  # fmt: skip
 PAPER_FINETUNE = {
     "epochs": 300, "lr": 6e-4, "weight_decay": 0.05, "layer_decay": 0.95, "warmup_epochs": 5, "model_ema": True,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import ofb
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import fashion_mnist, grid, rivals
+from benchmarks.quality import fashion_mnist, grid, rivals, settings
 from benchmarks.quality.images import Batches, small_images
 from benchmarks.quality.results import Mean, difference, read_rows, write_rows
 from ofb.supernet.families import count_macs, describe, vit
@@ -131,28 +131,55 @@ def test_fashion_mnist_that_is_not_there(tmp_path):
 
 @pytest.fixture
 def quick_digits(monkeypatch, tmp_path):
-    setting = replace(grid.SETTINGS["digits"], dense_epochs=1, search_epochs=4, finetune_epochs=1)
+    setting = replace(settings.SETTINGS["digits"], dense_epochs=1, search_epochs=4, finetune_epochs=1)
     setting = replace(setting, model=setting.model | {"embed_dim": 32, "depth": 1, "num_heads": 2})
-    monkeypatch.setitem(grid.SETTINGS, "digits", setting)
+    monkeypatch.setitem(settings.SETTINGS, "digits", setting)
     monkeypatch.chdir(tmp_path)
-    grid.train_dense("digits")
+    settings.train_dense("digits", "data")
 
 
 @pytest.mark.parametrize("method", grid.METHODS)
 def test_every_method_runs(method, quick_digits):
-    row = grid.run(grid.Job("digits", method, "60%", seed=0, distillation="soft", options=("macs_weight=7",)))
-    dense = count_macs(ofb.load(grid.dense_folder("digits")))
+    job = grid.Job("digits", method, "60%", seed=0, distillation="soft", options=("macs_weight=7",))
+    (row,) = grid.run(job)
+    dense = count_macs(settings.dense_network("digits"))
     assert 0.5 * dense < row["macs"] <= 0.6 * dense
     assert 0 <= float(row["test_top1"]) <= 100 and row["options"] == "macs_weight=7"
+    assert float(row["search_epochs"]) + row["finetune_epochs"] == 5 or method == "best of random"
+
+
+def test_one_search_finds_all_targets(quick_digits):
+    rows = grid.run(grid.Job("digits", grid.ONE_SEARCH, "80%,60%", seed=1))
+    dense = count_macs(settings.dense_network("digits"))
+    assert [row["target"] for row in rows] == ["80%", "60%"]
+    assert [0.98 * share <= row["macs"] / dense <= share for row, share in zip(rows, (0.8, 0.6), strict=True)]
+    assert sum(float(row["search_epochs"]) for row in rows) == 4  # half of twice four
+
+
+def arguments(**options):
+    defaults = dict(
+        data="digits", data_dir="data", methods=[*grid.METHODS, grid.ONE_SEARCH], targets=["50%", "30%", "15%"],
+        seeds=[0, 1], distillation=["", "soft"], options=[], reduced=False,
+    )  # fmt: skip
+    return Namespace(**defaults | options)
 
 
 def test_rows_stay_and_known_runs_are_not_repeated(tmp_path):
-    arguments = Namespace(data="digits", methods=["ofb"], targets=["50%"], seeds=[0, 1], distillation=[""], options=[])
-    jobs = quality.jobs_of(arguments)
-    rows = [{name: getattr(jobs[0], name) for name in quality.KEY} | {"options": ""}]
-    write_rows(rows, tmp_path / "rows.csv")
-    known = {tuple(row[name] for name in quality.KEY) for row in read_rows(tmp_path / "rows.csv")}
-    assert [tuple(quality._key(job)) in known for job in jobs] == [True, False]
+    jobs = quality.jobs_of(arguments(methods=["ofb", grid.ONE_SEARCH], distillation=[""]))
+    assert [len(job.keys()) for job in jobs] == [1, 1, 1, 3] * 2
+    write_rows([dict(zip(grid.KEY, key, strict=True)) for job in jobs[:4] for key in job.keys()], tmp_path / "rows.csv")
+    known = {tuple(row[name] for name in grid.KEY) for row in read_rows(tmp_path / "rows.csv")}
+    assert [known.issuperset(job.keys()) for job in jobs] == [True] * 4 + [False] * 4
+
+
+def test_the_reduced_grid_is_part_of_the_grid():
+    full, reduced = (quality.jobs_of(arguments(reduced=reduced)) for reduced in (False, True))
+    assert set(reduced) < set(full)
+    assert {job.method for job in reduced} == {job.method for job in full}
+    assert {(job.target, job.distillation) for job in reduced if job.method == "ofb"} == {
+        (target, distillation) for target in ("50%", "30%", "15%") for distillation in ("", "soft")
+    }
+    assert {job.target for job in reduced if job.method == "ofb, PMIM"} == {"15%"}
 
 
 def test_difference_of_means():

@@ -24,6 +24,8 @@ OPTIONS = {
     "finetune_lr": 1e-3,
     "architecture_lr": 0.3,
     "one_hot_weight": 0.5,  # sizes are decided within four epochs
+    "one_hot_delay": 0.0,
+    "architecture_init": "random",
     "pace": 0.0,
     "device": "cpu",
 }

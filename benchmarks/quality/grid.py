@@ -2,14 +2,12 @@
 
 import copy
 import io
-import json
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -17,66 +15,16 @@ from torch import Tensor, nn
 
 import ofb
 from benchmarks.quality import rivals
-from benchmarks.quality.images import small_images
+from benchmarks.quality.settings import SETTINGS, Setting, dense_network, images
 from ofb.engine.config import SearchConfig, TrainConfig
-from ofb.engine.data import Loaders, create_loaders
+from ofb.engine.data import Loaders
 from ofb.engine.journal import Journal
 from ofb.engine.search import make_supernet
-from ofb.engine.train import Optimization, make_optimizer, run_epoch, seed_everything, teaching
+from ofb.engine.train import Optimization, make_optimizer, pick_device, run_epoch, seed_everything, teaching
 from ofb.export import count_params
 from ofb.report import cpu_latency
+from ofb.supernet import Supernet
 from ofb.supernet.families import count_macs
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A data set, the dense network for it, and how long things take."""
-
-    data: str
-    model: dict
-    dense_epochs: int
-    search_epochs: int
-    finetune_epochs: int
-    train_images: int = 0
-    val_images: int = 0
-    batch_size: int = 128
-    dense_lr: float = 1e-3
-    lr: float = 1e-3
-
-
-SETTINGS = {
-    "digits": Setting(
-        "digits",
-        dict(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=96, depth=4, num_heads=4),
-        dense_epochs=100,
-        search_epochs=40,
-        finetune_epochs=40,
-        batch_size=64,
-        dense_lr=2e-3,
-    ),
-    "torch/fashion_mnist": Setting(
-        "torch/fashion_mnist",
-        dict(img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=96, depth=4, num_heads=4),
-        dense_epochs=150,
-        dense_lr=2e-3,
-        search_epochs=8,
-        finetune_epochs=12,
-        train_images=20_000,
-        val_images=5_000,
-    ),
-    "torch/fashion_mnist-64": Setting(  # narrower: what is taken away is missed
-        "torch/fashion_mnist",
-        dict(img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4),
-        dense_epochs=150,
-        dense_lr=2e-3,
-        search_epochs=8,
-        finetune_epochs=12,
-        train_images=20_000,
-        val_images=5_000,
-    ),
-}
 
 # What OFB is compared with from within: itself, a part left out or put in.
 OFB = {
@@ -89,210 +37,244 @@ OFB = {
     "ofb, residual_mask input": {"residual_mask": "input"},
     "ofb, random scores": {"score_init": "random"},
     "ofb, magnitude scores": {"score_init": "magnitude"},
-    "ofb, paper's weights": {"one_hot_weight": 0.5, "macs_weight": 5.0, "score_init": "random", "score_mean": 0.0},
-}
+    "ofb, paper's weights": {
+        "one_hot_weight": 0.5, "one_hot_delay": 0.0, "macs_weight": 5.0, "pace": 0.0,
+        "score_init": "random", "score_mean": 0.0, "architecture_init": "random",
+    },
+}  # fmt: skip
 RANDOM_TRIALS = 4
+ONE_SEARCH = "ofb, one search"  # for all targets together, in half the epochs of separate searches
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what makes its row."""
+    """One run: what makes its row, or its rows where `target` names several, such as "50%,30%,15%"."""
 
     data: str
     method: str
     target: str
     seed: int
     distillation: str = ""
-    options: tuple[str, ...] = field(default=())  # of SearchConfig, key=value, beside the method's own
+    options: tuple[str, ...] = ()  # of SearchConfig, key=value, beside the method's own
+    data_dir: str = "data"
+
+    def keys(self) -> list[tuple[str, ...]]:
+        """What tells each of its rows from all others, in the order of `KEY`."""
+        options = " ".join(self.options)
+        return [
+            (self.data, self.method, target, str(self.seed), self.distillation, options)
+            for target in self.target.split(",")
+        ]
 
 
-def run(job: Job) -> dict:
-    """Make, train and judge one small network."""
+KEY = ("data", "method", "target", "seed", "distillation", "options")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method has to work with."""
+
+    job: Job
+    setting: Setting
+    dense: nn.Module
+    loaders: Loaders
+
+    @property
+    def macs(self) -> int:
+        """The target in MACs."""
+        return int(count_macs(self.dense) * float(self.job.target.rstrip("%")) / 100)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found.
+
+    Attributes:
+        model: trained.
+        search_epochs, finetune_epochs: that it took.
+        left_open: sizes that OFB's search had not settled by its end.
+    """
+
+    model: nn.Module
+    search_epochs: float
+    finetune_epochs: int
+    left_open: int | str = ""
+
+
+def run(job: Job) -> list[dict]:
+    """Make, train and judge small networks; a row for each target. A CPU run takes one core."""
     torch.set_num_threads(1)
-    setting, dense = SETTINGS[job.data], ofb.load(dense_folder(job.data))
-    loaders = images(setting)
+    task = Task(job, SETTINGS[job.data], dense_network(job.data), images(job.data, job.data_dir))
     seed_everything(job.seed, "quality", 0)
-    target = int(count_macs(dense) * float(job.target.rstrip("%")) / 100)
     start, log = time.perf_counter(), io.StringIO()
     with redirect_stdout(log):
-        model, left_open = METHODS[job.method](job, setting, copy.deepcopy(dense), loaders, target)
-    seconds = time.perf_counter() - start
-    val, test = (ofb.evaluate(model, part, TrainConfig(device="cpu")) for part in (loaders.val, loaders.test))
-    return asdict(job) | {
-        "options": " ".join(job.options),
-        "search_epochs": setting.search_epochs,
-        "finetune_epochs": setting.finetune_epochs,
+        found = one_search(task) if job.method == ONE_SEARCH else [METHODS[job.method](task)]
+    seconds = (time.perf_counter() - start) / len(found)
+    return [
+        dict(zip(KEY, key, strict=True)) | judged(each, task) | {"seconds": f"{seconds:.0f}", "commit": commit()}
+        for key, each in zip(job.keys(), found, strict=True)
+    ]
+
+
+def judged(found: Found, task: Task) -> dict:
+    """A network's figures."""
+    config = train_config(task, 1)
+    val, test = (ofb.evaluate(found.model, part, config) for part in (task.loaders.val, task.loaders.test))
+    return {
+        "search_epochs": f"{found.search_epochs:g}",
+        "finetune_epochs": found.finetune_epochs,
         "val_top1": f"{val['top1']:.2f}",
         "test_top1": f"{test['top1']:.2f}",
-        "macs": count_macs(model),
-        "params": count_params(model),
-        "latency_ms": f"{cpu_latency({'model': model})['model']:.3f}",
-        "left_open": left_open,
-        "seconds": f"{seconds:.0f}",
+        "macs": count_macs(found.model),
+        "params": count_params(found.model),
+        "latency_ms": f"{cpu_latency({'model': found.model})['model']:.3f}",
+        "left_open": found.left_open,
         "torch": torch.__version__,
-        "commit": commit(),
     }
 
 
-def search(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, target: int) -> tuple[nn.Module, int]:
+# ---- OFB ----
+
+
+def search(task: Task) -> Found:
     """OFB, whole or without a part."""
-    config = search_config(job, setting, **OFB[job.method])
-    supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
-    model = ofb.search(supernet, loaders.train, loaders.val, config, teacher=dense)
-    return model, sum(choice["how"] == "chosen" for choice in supernet.choices)
+    config = search_config(task, **OFB[task.job.method])
+    supernet = make_supernet(copy.deepcopy(task.dense), config, len(task.loaders.train))
+    model = ofb.search(supernet, task.loaders.train, task.loaders.val, config, teacher=task.dense)
+    return Found(model, config.epochs, config.finetune_epochs, left_open(supernet))
 
 
-def two_stage(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, target: int) -> tuple[nn.Module, int]:
+def one_search(task: Task) -> list[Found]:
+    """All targets in one search, of half the epochs that separate searches take together."""
+    count = len(task.job.target.split(","))
+    config = search_config(task, targets=task.job.target, epochs=round(count * task.setting.search_epochs / 2))
+    supernet = make_supernet(copy.deepcopy(task.dense), config, len(task.loaders.train))
+    networks = ofb.search_targets(supernet, task.loaders.train, task.loaders.val, config, teacher=task.dense)
+    return [Found(model, config.epochs / count, config.finetune_epochs) for model in networks.values()]
+
+
+def two_stage(task: Task) -> Found:
     """The paper's foil: half of the search learns importance at full size, the other half sizes by that importance."""
-    half = setting.search_epochs // 2
+    half = task.setting.search_epochs // 2
+    first = _importance_stage(task, half)
+    masks = {name: bimask.mask(1.0) for name, bimask in first.bimasks.items()}
+    first.family.fold(first.model, masks, masks["embed"].flatten())
+    sizes_only = {"lam_start": 0.0, "lam_end": 0.0, "score_init": "random"}
+    config = search_config(task, epochs=task.setting.search_epochs - half, **sizes_only)
+    second = make_supernet(first.model, config, len(task.loaders.train))
+    for name, bimask in second.bimasks.items():
+        bimask.score.data.copy_(first.bimasks[name].score.data)
+    model = ofb.search(second, task.loaders.train, task.loaders.val, config, teacher=task.dense)
+    return Found(model, 2 * half, config.finetune_epochs, left_open(second))
+
+
+def _importance_stage(task: Task, epochs: int) -> Supernet:
+    """A supernet whose units have learned their importance, all sizes being full."""
     without_sizes = {"one_hot_weight": 0.0, "macs_weight": 0.0, "prune_threshold": 0.0}
-    config = search_config(job, setting, lam_start=1.0, lam_end=1.0, **without_sizes)
-    supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train)).train()
-    teach = teaching(dense, config, CPU)
+    config = search_config(task, lam_start=1.0, lam_end=1.0, **without_sizes)
+    device, steps = pick_device(config), len(task.loaders.train)
+    supernet = make_supernet(copy.deepcopy(task.dense), config, steps).to(device).train()
+    teach = teaching(task.dense, config, device)
 
     def loss_of(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"loss": supernet.loss(x, y, teach(x)).total}
 
     groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr, config.score_lr)
-    optimizer, halved = make_optimizer(groups, config, 1.0), replace(config, epochs=half)
-    optimization = Optimization(optimizer, loss_of, halved, 0.2 * half, len(loaders.train), CPU)
-    for epoch in range(half):
-        seed_everything(job.seed, "importance", epoch)
-        run_epoch(loaders.train, optimization, supernet.step, Journal(None, "importance"), str(epoch))
-    masks = {name: bimask.mask(1.0) for name, bimask in supernet.bimasks.items()}
-    supernet.family.fold(supernet.model, masks, masks["embed"].flatten())
-    sizes_only = {"lam_start": 0.0, "lam_end": 0.0, "score_init": "random"}
-    config = search_config(job, setting, epochs=setting.search_epochs - half, **sizes_only)
-    second = make_supernet(supernet.model, config, len(loaders.train))
-    for name, bimask in second.bimasks.items():
-        bimask.score.data.copy_(supernet.bimasks[name].score.data)
-    model = ofb.search(second, loaders.train, loaders.val, config, teacher=dense)
-    return model, sum(choice["how"] == "chosen" for choice in second.choices)
+    optimizer, shortened = make_optimizer(groups, config, 1.0), replace(config, epochs=epochs)
+    optimization = Optimization(optimizer, loss_of, shortened, 0.2 * epochs, steps, device)
+    for epoch in range(epochs):
+        seed_everything(task.job.seed, "importance", epoch)
+        run_epoch(task.loaders.train, optimization, supernet.step, Journal(None, "importance"), str(epoch))
+    return supernet
 
 
-def best_of_random(
-    job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, target: int
-) -> tuple[nn.Module, int]:
+def left_open(supernet: Supernet) -> int:
+    return sum(choice["how"] == "chosen" for choice in supernet.choices)
+
+
+# ---- rivals ----
+
+
+def shrunk(shrink: Callable[[nn.Module, int], nn.Module]) -> Callable[[Task], Found]:
+    """The method that shrinks the dense network at once and spends all epochs on training what is left."""
+
+    def method(task: Task) -> Found:
+        epochs = task.setting.search_epochs + task.setting.finetune_epochs
+        return finetuned(shrink(task.dense, task.macs), task, epochs)
+
+    return method
+
+
+def taylor(task: Task) -> Found:
+    batches = [batch for _, batch in zip(range(8), task.loaders.train, strict=False)]
+    x, y = (torch.cat(parts).to(next(task.dense.parameters()).device) for parts in zip(*batches, strict=True))
+    everywhere = "global" in task.job.method
+
+    def shrink(dense: nn.Module, macs: int) -> nn.Module:
+        return rivals.torch_pruning(dense, macs, lambda m: F.cross_entropy(m(x), y), everywhere=everywhere)
+
+    return shrunk(shrink)(task)
+
+
+def best_of_random(task: Task) -> Found:
     """Random sub-networks share the epochs of the search; the best on validation images gets the fine-tuning."""
-    config = train_config(job, setting, epochs=max(1, setting.search_epochs // RANDOM_TRIALS))
+    epochs = max(1, task.setting.search_epochs // RANDOM_TRIALS)
     best, most = None, -1.0
     for trial in range(RANDOM_TRIALS):
-        model = rivals.random_sizes(dense, target, seed=100 * job.seed + trial)
-        ofb.train(model, loaders.train, loaders.val, config, teacher=dense)
-        top1 = ofb.evaluate(model, loaders.val, config)["top1"]
+        model = rivals.random_sizes(task.dense, task.macs, seed=100 * task.job.seed + trial)
+        model = finetuned(model, task, epochs).model
+        top1 = ofb.evaluate(model, task.loaders.val, train_config(task, epochs))["top1"]
         best, most = (model, top1) if top1 > most else (best, most)
-    return finetuned(best, job, setting, dense, loaders, epochs=setting.finetune_epochs)
+    return replace(finetuned(best, task, task.setting.finetune_epochs), search_epochs=epochs * RANDOM_TRIALS)
 
 
-def finetuned(
-    model: nn.Module, job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, epochs: int | None = None
-) -> tuple[nn.Module, str]:
-    config = train_config(job, setting, epochs=epochs or setting.search_epochs + setting.finetune_epochs)
-    return ofb.train(model, loaders.train, loaders.val, config, teacher=dense), ""
-
-
-def uniform(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, target: int) -> tuple[nn.Module, str]:
-    return finetuned(rivals.uniform(dense, target), job, setting, dense, loaders)
-
-
-def from_scratch(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, target: int) -> tuple[nn.Module, str]:
-    return finetuned(rivals.from_scratch(dense, target), job, setting, dense, loaders)
-
-
-def magnitude(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, target: int) -> tuple[nn.Module, str]:
-    return finetuned(rivals.torch_pruning(dense, target), job, setting, dense, loaders)
-
-
-def taylor(job: Job, setting: Setting, dense: nn.Module, loaders: Loaders, target: int) -> tuple[nn.Module, str]:
-    batches = list(zip(range(8), loaders.train, strict=False))
-    images = torch.cat([x for _, (x, _) in batches])
-    targets = torch.cat([y for _, (_, y) in batches])
-    small = rivals.torch_pruning(
-        dense, target, lambda model: F.cross_entropy(model(images), targets), everywhere="global" in job.method
-    )
-    return finetuned(small, job, setting, dense, loaders)
+def finetuned(model: nn.Module, task: Task, epochs: int) -> Found:
+    config = train_config(task, epochs)
+    model = ofb.train(model, task.loaders.train, task.loaders.val, config, teacher=task.dense)
+    return Found(model, 0, epochs)
 
 
 METHODS = dict.fromkeys(OFB, search) | {
     "two-stage": two_stage,
-    "uniform": uniform,
-    "from scratch": from_scratch,
+    "uniform": shrunk(rivals.uniform),
+    "from scratch": shrunk(rivals.from_scratch),
     "best of random": best_of_random,
-    "magnitude": magnitude,
+    "magnitude": shrunk(rivals.torch_pruning),
     "taylor": taylor,
     "taylor, global": taylor,
 }
 
 
-def search_config(job: Job, setting: Setting, **options) -> SearchConfig:
+# ---- the recipe ----
+
+
+def search_config(task: Task, **options) -> SearchConfig:
+    """The search of a job: what all methods share, the method's own options, and last the command line's."""
+    job, setting = task.job, task.setting
     given = {name: yaml.safe_load(value) for name, value in (option.split("=", 1) for option in job.options)}
-    return SearchConfig(
-        **dict(
-            epochs=setting.search_epochs,
-            finetune_epochs=setting.finetune_epochs,
-            target=job.target,
-            lr=setting.lr,
-            finetune_lr=setting.lr,
-            layer_decay=None,
-            model_ema=False,
-        )
-        | shared_options(job, setting)
-        | options
-        | given
-    )
-
-
-def train_config(job: Job, setting: Setting, epochs: int) -> TrainConfig:
-    """The fine-tuning of the search, for another number of epochs."""
-    return replace(search_config(job, setting).finetune(), epochs=epochs)
-
-
-def shared_options(job: Job, setting: Setting) -> dict:
-    return {
+    recipe = {
         "data": setting.data,
-        "data_dir": "data",
+        "data_dir": job.data_dir,
         "batch_size": setting.batch_size,
         "seed": job.seed,
-        "device": "cpu",
+        "target": job.target.split(",")[-1],
+        "epochs": setting.search_epochs,
+        "finetune_epochs": setting.finetune_epochs,
+        "lr": setting.lr,
+        "finetune_lr": setting.lr,
+        "distillation": job.distillation or None,
+        "layer_decay": None,
+        "model_ema": False,
         "mixup": 0.0,
         "cutmix": 0.0,
         "drop_path": 0.0,
-        "distillation": job.distillation or None,
     }
+    return SearchConfig(**recipe | options | given)
 
 
-def images(setting: Setting, data_dir: str = "data") -> Loaders:
-    if setting.data == "digits":
-        config = TrainConfig(data="digits", batch_size=setting.batch_size, workers=0)
-        return create_loaders(config, timm.create_model("vit_tiny_patch16_224", **setting.model), CPU)
-    return small_images(setting.data, data_dir, setting.batch_size, setting.train_images, setting.val_images)
-
-
-def dense_folder(data: str) -> Path:
-    return Path("runs/quality") / data.replace("/", "-") / "dense"
-
-
-def train_dense(data: str) -> dict:
-    """Train the dense network of a setting, unless it is there; what is known of it, its validation curve included."""
-    folder, setting = dense_folder(data), SETTINGS[data]
-    loaders, job = images(setting), Job(data, "dense", "100%", 0)
-    config = replace(
-        train_config(job, setting, setting.dense_epochs),
-        lr=setting.dense_lr,
-        drop_path=0.1,
-        clip_grad=1.0,
-        output=str(folder),
-    )
-    if not (folder / "model.safetensors").exists():
-        seed_everything(0, "dense", 0)
-        model = timm.create_model("vit_tiny_patch16_224", **setting.model)
-        shape = tuple(next(iter(loaders.val))[0].shape[1:])
-        model.pretrained_cfg = model.default_cfg = {"input_size": shape, "num_classes": 10}
-        ofb.save(ofb.train(model, loaders.train, loaders.val, config), folder)
-    model = ofb.load(folder)
-    curve = [json.loads(line)["val_top1"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    test = ofb.evaluate(model, loaders.test, config)["top1"]
-    return {"macs": count_macs(model), "params": count_params(model), "test_top1": test, "val_top1": curve}
+def train_config(task: Task, epochs: int) -> TrainConfig:
+    """The fine-tuning of the search, for another number of epochs."""
+    return replace(search_config(task).finetune(), epochs=epochs)
 
 
 def commit() -> str:

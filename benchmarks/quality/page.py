@@ -4,16 +4,21 @@ python -m benchmarks.quality.page
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.measure import ROOT
+from benchmarks.quality.grid import ONE_SEARCH
 from benchmarks.quality.results import FOLDER, Mean, Row, csv_path, difference, read_rows
 
 PATH = ROOT / "QUALITY.md"
 TRAIL = FOLDER / "tried.csv"
 COSTS = {"macs": "MACs (M)", "params": "parameters (K)", "latency_ms": "CPU latency, one image (ms)"}
 UNITS = {"macs": 1e6, "params": 1e3, "latency_ms": 1.0}
+
+TRIAL = ("data", "method", "target", "distillation", "options")
+TAUGHT = " + teacher, "  # between a method and its kind of distillation
 
 Series = dict[tuple[str, str], list[Row]]  # (method, target) → its runs
 
@@ -35,9 +40,12 @@ def series(data: str) -> Series:
     found: Series = {}
     for row in read_rows(csv_path(data)):
         if not row["options"]:
-            method = row["method"] + (f", {row['distillation']} distillation" if row["distillation"] else "")
-            found.setdefault((method, row["target"]), []).append(row)
+            found.setdefault((row["method"] + _taught(row), row["target"]), []).append(row)
     return found
+
+
+def _taught(row: Row) -> str:
+    return f"{TAUGHT}{row['distillation']}" if row["distillation"] else ""
 
 
 def dense_of(data: str) -> dict:
@@ -69,6 +77,7 @@ def section(data: str) -> Iterator[str]:
     yield f"![the dense network's training](quality/results/{stem}-dense.png)"
     for target in sorted({target for _, target in found}, key=lambda text: -float(text.rstrip("%"))):
         yield from _table(found, target)
+    yield from _one_search(found)
 
 
 def _table(found: Series, target: str) -> Iterator[str]:
@@ -77,31 +86,69 @@ def _table(found: Series, target: str) -> Iterator[str]:
     yield ""
     yield f"### {target} of the MACs"
     yield ""
-    yield "| method | test top-1 % | OFB's lead ± standard error | seeds | open at the end | s a run |"
-    yield "|---|---|---|---|---|---|"
+    yield "| method | test top-1 % | OFB's lead ± standard error | seeds | epochs | open at the end | s a run |"
+    yield "|---|---|---|---|---|---|---|"
     for method in sorted(methods, key=lambda name: -test[name].mean):
-        runs = methods[method]
-        lead = ""
-        if method != "ofb" and "ofb" in test:
-            lead = "{:+.2f} ± {:.2f}".format(*difference(test["ofb"], test[method]))
+        runs, lead, ofb = methods[method], "", "ofb" + method[len(method.split(TAUGHT)[0]) :]
+        if method != ofb and ofb in test:  # like with like: a method that has a teacher with OFB that has one
+            lead = "{:+.2f} ± {:.2f}".format(*difference(test[ofb], test[method]))
         left = [int(row["left_open"]) for row in runs if row["left_open"]]
         left_open = f"{sum(left) / len(left):.1f}" if left else ""
-        seconds = sum(float(row["seconds"]) for row in runs) / len(runs)
-        yield f"| {method} | {test[method]} | {lead} | {len(runs)} | {left_open} | {seconds:.0f} |"
+        epochs, seconds = _mean(_epochs(row) for row in runs), _mean(float(row["seconds"]) for row in runs)
+        yield f"| {method} | {test[method]} | {lead} | {len(runs)} | {epochs:g} | {left_open} | {seconds:.0f} |"
+
+
+def _one_search(found: Series) -> Iterator[str]:
+    """What one search for all targets saves, and what it costs in accuracy."""
+    targets = [target for method, target in found if method == ONE_SEARCH and ("ofb", target) in found]
+    if not targets:
+        return
+    yield ""
+    yield f"### One search for {len(targets)} networks"
+    yield ""
+    yield "| | epochs of search | epochs of fine-tuning | core minutes | test top-1 % |"
+    yield "|---|---|---|---|---|"
+    for method, name in ((ONE_SEARCH, "one search"), ("ofb", "separate searches")):
+        runs = [found[method, target] for target in targets]
+        search, finetuning, seconds = (
+            sum(_mean(float(row[column]) for row in rows) for rows in runs)
+            for column in ("search_epochs", "finetune_epochs", "seconds")
+        )
+        top1 = ", ".join(
+            f"{Mean.of(float(row['test_top1']) for row in rows)} at {target}"
+            for target, rows in zip(targets, runs, strict=True)
+        )
+        yield f"| {name} | {search:g} | {finetuning:g} | {seconds / 60:.1f} | {top1} |"
+
+
+def _epochs(row: Row) -> float:
+    return float(row["search_epochs"]) + float(row["finetune_epochs"])
+
+
+def _mean(values: Iterable[float]) -> float:
+    return Mean.of(values).mean
 
 
 def trail() -> Iterator[str]:
-    yield "| data | method | target | options | seed | val top-1 % | open at the end |"
-    yield "|---|---|---|---|---|---|---|"
+    """What was tried, one line for all seeds of a trial, in the order of the file."""
+    trials: dict[tuple[str, ...], list[Row]] = {}
     for row in read_rows(TRAIL):
-        cells = (row[name] for name in ("data", "method", "target", "options", "seed", "val_top1", "left_open"))
-        yield "| " + " | ".join(cells) + " |"
+        trials.setdefault(tuple(row[name] for name in TRIAL), []).append(row)
+    yield f"| {' | '.join(TRIAL)} | seeds | val top-1 % | test top-1 % | open at the end |"
+    yield "|" + "---|" * (len(TRIAL) + 4)
+    for trial, rows in trials.items():
+        val, test = (Mean.of(float(row[name]) for row in rows) for name in ("val_top1", "test_top1"))
+        left = [int(row["left_open"]) for row in rows if row["left_open"]]
+        left_open = f"{_mean(left):.1f}" if left else ""
+        yield f"| {' | '.join(trial)} | {len(rows)} | {val} | {test} | {left_open} |"
 
 
 def draw(found: Series, dense: dict, path: Path) -> None:
-    """Accuracy against each cost, a line for each method, error bars of one standard deviation over seeds."""
+    """Accuracy against each cost, a line for each method with several targets, error bars of one standard deviation
+    over seeds."""
     plt = _pyplot()
-    methods = list(dict.fromkeys(method for method, _ in found))
+    targets = Counter(method for method, _ in found)
+    methods = [method for method in targets if targets[method] > 1]
     figure, panels = plt.subplots(1, len(COSTS), figsize=(5 * len(COSTS), 4.5), sharey=True)
     for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
         for index, method in enumerate(methods):
@@ -117,6 +164,7 @@ def draw(found: Series, dense: dict, path: Path) -> None:
                 [top1.deviation for _, top1 in points],
                 marker="o" if method == "ofb" else ".",
                 linewidth=2.2 if method == "ofb" else 1,
+                linestyle="--" if TAUGHT in method else "-",
                 color="black" if method == "ofb" else plt.get_cmap("tab20")(index % 20),
                 capsize=2,
                 label=method,
