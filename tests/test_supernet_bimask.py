@@ -22,7 +22,17 @@ def test_scores_start_around_their_mean():
     bimask = BiMask(Candidates((1,), (512, 1024)), score_mean=3.0)
     assert bimask.score.mean().item() == pytest.approx(3.0, abs=0.05)
     assert bimask.score.std().item() == pytest.approx(0.2, rel=0.2)
-    assert 0 <= bimask.alpha.min() and bimask.alpha.max() <= 1
+
+
+@pytest.mark.parametrize("grid", [((1,), (16, 32, 48, 64)), ((2, 4), (8, 16))])
+def test_how_likely_candidates_start(grid):
+    candidates = Candidates(*grid)
+    full, equal, random = (BiMask(candidates, architecture_init=how) for how in ("full", "equal", "random"))
+    sizes = sorted((p, heads * channels) for (heads, channels), p in full.sizes(full.alive).items())
+    assert [size for _, size in sizes] == sorted(size for _, size in sizes)  # the larger the likelier
+    assert full.mask(0.0).mean() > 0.9 > equal.mask(0.0).mean()
+    assert set(equal.sizes(equal.alive).values()) == {1 / equal.alpha.numel()}
+    assert 0 <= random.alpha.min() and random.alpha.max() <= 1 and random.alpha.std() > 0
 
 
 def test_survivors_follow_the_threshold_and_spare_the_likeliest():

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 import ofb
 from benchmarks.quality import rivals
 from benchmarks.quality.settings import SETTINGS, Setting, dense_network, images
-from ofb.engine.config import SearchConfig, TrainConfig
+from ofb.engine.config import SearchConfig, TrainConfig, key_and_value
 from ofb.engine.data import Loaders
 from ofb.engine.journal import Journal
 from ofb.engine.search import make_supernet
@@ -251,7 +250,7 @@ METHODS = dict.fromkeys(OFB, search) | {
 def search_config(task: Task, **options) -> SearchConfig:
     """The search of a job: what all methods share, the method's own options, and last the command line's."""
     job, setting = task.job, task.setting
-    given = {name: yaml.safe_load(value) for name, value in (option.split("=", 1) for option in job.options)}
+    given = dict(key_and_value("options", pair) for pair in job.options)
     recipe = {
         "data": setting.data,
         "data_dir": job.data_dir,

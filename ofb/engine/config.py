@@ -188,16 +188,7 @@ class TrainingConfig(RunConfig, DataConfig):
 
     def model_options(self) -> dict[str, Any]:
         """`model_kwargs` as keyword arguments; values are Python literals or else strings."""
-        options = {}
-        for pair in self.model_kwargs:
-            key, equals, value = pair.partition("=")
-            if not key.isidentifier() or not equals:
-                raise ValueError(f"model_kwargs: expected key=value, got {pair!r}")
-            try:
-                options[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                options[key] = value
-        return options
+        return dict(key_and_value("model_kwargs", pair) for pair in self.model_kwargs)
 
     def scaled_lr(self, lr_at_256: float) -> float:
         """The learning rate in use: `lr`, or the recipe's scaled to the batch size."""
@@ -269,8 +260,9 @@ class SearchConfig(TrainingConfig):
     """Which units start as the most important ones: those the loss depends on most by its Taylor expansion on some
     training images, those of largest weights, or any as in the paper."""
 
-    architecture_init: Literal["equal", "random"] = "equal"
-    """Start with all candidate sizes equally likely, or with logits from U(0, 1) as the paper does."""
+    architecture_init: Literal["full", "equal", "random"] = "full"
+    """Start with larger sizes likelier, so that the masks start near 1; with all sizes equally likely; or with logits
+    from U(0, 1) as the paper does."""
 
     score_mean: float = 4.0
     """Where the importance logits start; importance starts at their sigmoid."""
@@ -279,7 +271,7 @@ class SearchConfig(TrainingConfig):
     """Learning rate of the architecture logits at its peak; 25 / steps of the search if not given."""
 
     score_lr: float | None = None
-    """Learning rate of the importance logits at its peak; 25 / steps of the search if not given."""
+    """Learning rate of the importance logits at its peak; 0.5 / steps of the search if not given."""
 
     one_hot_weight: float = 0.05
     """Weight of the adaptive one-hot loss."""
@@ -291,7 +283,12 @@ class SearchConfig(TrainingConfig):
     """Weight of the MACs loss."""
 
     pace: float = 0.3
-    """Share of the search over which the MACs loss lowers its target from the dense network's cost to the final one."""
+    """Share of the search over which the MACs loss lowers its target from the dense network's cost to the final one;
+    no candidate dies before."""
+
+    settling: float = 0.4
+    """Share of the search at its end over which ever more candidates are dropped, so that no size is left open; 0
+    leaves it to the one-hot loss, as the paper does."""
 
     prunes_per_epoch: int = 3
     """Pruning events in an epoch."""
@@ -390,6 +387,21 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     if unknown:
         raise ValueError(f"config: {cls.__name__} has no option {', '.join(unknown)}; remove it")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
+    """Read key=value; the value is a Python literal, or else the text as it stands.
+
+    Raises:
+        ValueError: it does not look like that.
+    """
+    key, equals, value = pair.partition("=")
+    if not key.isidentifier() or not equals:
+        raise ValueError(f"{argument}: expected key=value, got {pair!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:

@@ -29,6 +29,7 @@ _DEIT_IMAGENET = {
     "score_mean": 0.0,
     "score_lr": 2.5e-4 * 1024 / 256,
     "pace": 0.0,
+    "settling": 0.0,
     "lam_start": 0.99,
     "lam_end": 0.1,
     "mask_ratio_start": 0.05,

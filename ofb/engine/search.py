@@ -62,6 +62,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         one_hot_delay=config.one_hot_delay,
         macs_weight=config.macs_weight,
         pace=config.pace,
+        settling=config.settling,
         prunes_per_epoch=config.prunes_per_epoch,
         prune_threshold=config.prune_threshold,
         backend=config.backend,

@@ -10,6 +10,8 @@ from ofb_kernels import bimask
 from ofb_kernels.reference import candidate_probabilities, unit_ranks
 
 SCORE_STD = 0.2
+FULL_SLOPE = 10.0  # architecture_init="full": how much larger the logit of the full size is than that of no size at all
+ARCHITECTURE_INITS = ("full", "equal", "random")
 
 
 class BiMask(nn.Module):
@@ -21,7 +23,8 @@ class BiMask(nn.Module):
     Args:
         candidates: the sizes to choose from.
         score_mean: where the scores start, give or take `SCORE_STD`; S starts at sigmoid(score_mean).
-        equal: whether all candidates start equally likely; their logits are drawn from U(0, 1) otherwise.
+        architecture_init: how likely the candidates start: "full", the larger the likelier, so that the mask is near 1;
+            "equal", all alike; "random", with logits from U(0, 1).
 
     Attributes:
         score: (H · d,), importance logits s.
@@ -36,17 +39,16 @@ class BiMask(nn.Module):
         self,
         candidates: Candidates,
         score_mean: float = 0.0,
-        equal: bool = True,
+        architecture_init: str = "full",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        grid = (len(candidates.heads), len(candidates.channels))
         self.score = nn.Parameter(torch.empty(candidates.units, device=device, dtype=dtype))
         nn.init.trunc_normal_(self.score, score_mean, SCORE_STD, score_mean - 2 * SCORE_STD, score_mean + 2 * SCORE_STD)
-        self.alpha = nn.Parameter((torch.zeros if equal else torch.rand)(grid, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(_initial_logits(candidates, architecture_init).to(device, dtype))
         self.scale = nn.Parameter(torch.ones_like(self.score))
-        self.register_buffer("alive", torch.ones(grid, dtype=torch.bool, device=device))
+        self.register_buffer("alive", torch.ones_like(self.alpha, dtype=torch.bool))
         self.register_buffer("head_counts", torch.tensor(candidates.heads, device=device))
         self.register_buffer("channel_counts", torch.tensor(candidates.channels, device=device))
         self.candidates = candidates
@@ -91,6 +93,19 @@ class BiMask(nn.Module):
         return surviving
 
     @torch.no_grad()
+    def likeliest(self, alive: Tensor, count: int, chosen: tuple[int, int]) -> Tensor:
+        """(A, B) bool: of the candidates in `alive` the `count` likeliest, and first of all the `chosen` size."""
+        p = candidate_probabilities(self.alpha, alive)
+        p[self.holds(*chosen)] = 2
+        surviving = torch.zeros_like(alive)
+        surviving.view(-1)[p.flatten().argsort(descending=True, stable=True)[:count]] = True
+        return surviving & alive
+
+    def holds(self, heads: int, channels: int) -> Tensor:
+        """(A, B) bool: the candidate of this size."""
+        return (self.head_counts == heads)[:, None] & (self.channel_counts == channels)
+
+    @torch.no_grad()
     def units_kept_by(self, alive: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Units that the largest size in `alive` keeps, as ascending indices into H · d, and that size (H', d')."""
         heads = self.candidates.heads[int(alive.any(1).nonzero().max())]
@@ -119,3 +134,11 @@ class BiMask(nn.Module):
         """Read back from the buffers what the host knows of them."""
         self.candidates = Candidates(tuple(self.head_counts.tolist()), tuple(self.channel_counts.tolist()))
         self.final = int(self.alive.sum()) == 1
+
+
+def _initial_logits(candidates: Candidates, architecture_init: str) -> Tensor:
+    """(A, B)."""
+    sizes = torch.tensor(candidates.heads)[:, None] * torch.tensor(candidates.channels)
+    if architecture_init == "random":
+        return torch.rand(sizes.shape)
+    return (FULL_SLOPE if architecture_init == "full" else 0.0) * (sizes / candidates.units - 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ofb.supernet.bimask import BiMask
+from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import TOLERANCE, choose_sizes, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.losses import Criterion, macs_loss, reconstruction_loss
@@ -22,9 +22,8 @@ from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
 from ofb_kernels import use_backend
 
-LOGIT_TRAVEL = 25.0
+LOGIT_TRAVEL, SCORE_TRAVEL = 25.0, 0.5
 RESIDUAL_MASKS = ("stream", "input")
-ARCHITECTURE_INITS = ("equal", "random")
 SCORE_INITS = ("taylor", "magnitude", "random")
 
 
@@ -62,13 +61,16 @@ class Supernet(nn.Module):
         score_init: who gets the largest of the random initial scores: "magnitude", the units of largest weights;
             "taylor" the same, until `rank_scores(batches)` asks the loss; "random", as they fall.
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
-        architecture_init: "equal", all candidate sizes start equally likely; "random", their logits from U(0, 1).
+        architecture_init: "full", larger candidate sizes start likelier, so that the masks start near 1; "equal", all
+            start alike; "random", with logits from U(0, 1).
         criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
         one_hot_weight, macs_weight: weights of these losses.
         one_hot_delay: share of the search before the one-hot loss sets in. It sharpens whatever difference there is, so
             the classification loss should have made one.
         pace: share of the search over which the MACs loss lowers its target from the dense network's cost to the
-            final one; 0 asks for the final one from the first step.
+            final one, before any candidate may die; 0 asks for the final one from the first step.
+        settling: share of the search at its end over which ever more candidates are dropped, so that no size is left
+            open; 0 leaves it to the one-hot loss.
         score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
         prunes_per_epoch: pruning events in an epoch.
         prune_threshold: a candidate dies at p ≤ prune_threshold / n, with n candidates alive.
@@ -94,12 +96,13 @@ class Supernet(nn.Module):
         mask_ratio_end: float = 0.0,
         score_init: str = "magnitude",
         score_mean: float = 4.0,
-        architecture_init: str = "equal",
+        architecture_init: str = "full",
         criterion: Criterion | None = None,
         one_hot_weight: float = 0.05,
         one_hot_delay: float = 0.5,
         macs_weight: float = 100.0,
         pace: float = 0.3,
+        settling: float = 0.4,
         score_penalty: float = 1e-4,
         attention_score_penalty: float = 4e-4,
         prunes_per_epoch: int = 3,
@@ -119,6 +122,7 @@ class Supernet(nn.Module):
             expected = ", ".join(ARCHITECTURE_INITS)
             raise ValueError(f"architecture_init: expected one of {expected}, got {architecture_init!r}")
         shares = {"lam_start": lam_start, "lam_end": lam_end, "pace": pace, "one_hot_delay": one_hot_delay}
+        shares["settling"] = settling
         shares |= {"mask_ratio_start": mask_ratio_start, "mask_ratio_end": mask_ratio_end}
         for name, value in shares.items():
             if not 0 <= value <= 1:
@@ -131,7 +135,7 @@ class Supernet(nn.Module):
         self.residual_mask = residual_mask
         self.criterion = criterion or Criterion()
         self.one_hot_weight, self.one_hot_delay = one_hot_weight, one_hot_delay
-        self.macs_weight, self.pace = macs_weight, pace
+        self.macs_weight, self.pace, self.settling = macs_weight, pace, settling
         self.score_penalty, self.attention_score_penalty = score_penalty, attention_score_penalty
         self.prunes_per_epoch, self.prune_threshold = prunes_per_epoch, prune_threshold
         self.backend = backend
@@ -143,9 +147,8 @@ class Supernet(nn.Module):
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
-        equal = architecture_init == "equal"
         self.bimasks = nn.ModuleDict(
-            {name: BiMask(s.candidates, score_mean, equal, **like) for name, s in submodules.items()}
+            {name: BiMask(s.candidates, score_mean, architecture_init, **like) for name, s in submodules.items()}
         )
         self.score_init = score_init
         if score_init != "random":
@@ -251,7 +254,7 @@ class Supernet(nn.Module):
         self._set_schedules()
         if self.finished:
             return
-        if prunes_after(self.steps, self.steps_per_epoch, self.prunes_per_epoch):
+        if self.paced and prunes_after(self.steps, self.steps_per_epoch, self.prunes_per_epoch):
             self.prune(optimizer)
         if self.steps >= self.total_steps:
             self.finalize(optimizer)
@@ -268,18 +271,39 @@ class Supernet(nn.Module):
         """
         alive = {name: bimask.alive for name, bimask in self.bimasks.items()}
         wanted = {name: bimask.survivors(self.prune_threshold) for name, bimask in self.bimasks.items()}
-        changed = [name for name in alive if not torch.equal(alive[name], wanted[name])]
-        if not changed:
-            return
-        if not self._can_meet_targets(alive | wanted):
-            wanted = {}
-            for name in changed:
-                trial = alive | wanted | {name: self.bimasks[name].survivors(self.prune_threshold)}
-                if self._can_meet_targets(trial):
-                    wanted[name] = trial[name]
-        for name in changed:
-            if name in wanted:
+        if not self._can_meet_targets(wanted):
+            kept = dict(alive)
+            for name in wanted:
+                if self._can_meet_targets(kept | {name: wanted[name]}):
+                    kept[name] = wanted[name]
+            wanted = kept
+        wanted = self._settled(wanted)
+        for name, bimask in self.bimasks.items():
+            if not torch.equal(bimask.alive, wanted[name]):
                 self._keep_candidates(name, wanted[name], optimizer, how="pruned")
+
+    def _settled(self, alive: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is left of `alive` at this event: towards the end of the search ever fewer, and at its last event one.
+
+        The likeliest combination that meets the target always stays.
+        """
+        events = self._events_left()
+        if self.targets_passed + 1 < len(self.targets) or events is None:
+            return alive
+        chosen = self._choose(alive)
+        return {
+            name: self.bimasks[name].likeliest(grid, math.ceil(int(grid.sum()) ** (1 - 1 / events)), chosen[name])
+            for name, grid in alive.items()
+        }
+
+    def _events_left(self) -> int | None:
+        """How many pruning events are left, this one counted; None before the search settles."""
+        if self.steps < (1 - self.settling) * self.total_steps:
+            return None
+        return sum(
+            prunes_after(step, self.steps_per_epoch, self.prunes_per_epoch)
+            for step in range(self.steps, self.total_steps + 1)
+        )
 
     def finalize(self, optimizer: Optimizer | None = None) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
@@ -289,7 +313,7 @@ class Supernet(nn.Module):
                 heads, channels = chosen[name]
                 self._keep_candidates(
                     name,
-                    (bimask.head_counts == heads)[:, None] & (bimask.channel_counts == channels),
+                    bimask.holds(heads, channels),
                     optimizer,
                     how="chosen",
                 )
@@ -332,7 +356,8 @@ class Supernet(nn.Module):
         Args:
             weight_decay: on matrices; biases, norms, tokens, scores and scales have none.
             architecture_lr, score_lr: learning rates of the logits and of the scores. Adam carries a logit about as far
-                as learning rate × steps; if None they are such that this is `LOGIT_TRAVEL`, however long the search.
+                as learning rate × steps; if None they are such that this is `LOGIT_TRAVEL` or `SCORE_TRAVEL`, however
+                long the search.
         """
         names = ("decay", "no_decay", "score", "architecture")
         parameters = {name: [] for name in names}
@@ -342,8 +367,8 @@ class Supernet(nn.Module):
         groups = {name: {"params": parameters[name], "weight_decay": 0.0} for name in names}
         groups["decay"]["weight_decay"] = weight_decay
         groups["architecture"]["betas"] = (0.5, 0.999)
-        for name, rate in (("architecture", architecture_lr), ("score", score_lr)):
-            groups[name]["lr"] = LOGIT_TRAVEL / self.total_steps if rate is None else rate
+        for name, rate, travel in (("architecture", architecture_lr, LOGIT_TRAVEL), ("score", score_lr, SCORE_TRAVEL)):
+            groups[name]["lr"] = travel / self.total_steps if rate is None else rate
         return list(groups.values())
 
     # ---- saving and loading ----
@@ -448,8 +473,9 @@ class Supernet(nn.Module):
         delayed = self.steps < self.one_hot_delay * share
         self.one_hot_factor.fill_(0.0 if delayed else self.one_hot_weight)
         before = [self.dense_macs, *self.targets][self.targets_passed]
-        steps = self.steps - self.targets_passed * share
-        self.macs_goal.fill_(ramp(max(0.0, steps), self.pace * share, before, self.target_macs))
+        steps = max(0.0, self.steps - self.targets_passed * share)
+        self.paced = steps >= self.pace * share  # the goal is the target itself
+        self.macs_goal.fill_(ramp(steps, self.pace * share, before, self.target_macs))
 
     def _options(self, alive: Mapping[str, Tensor]) -> dict[str, dict[tuple[int, int], float]]:
         return {name: self.bimasks[name].sizes(grid) for name, grid in alive.items()}
