@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb.supernet import adaptive_one_hot_loss
-from ofb.supernet.losses import Criterion, macs_loss, one_hot_losses, reconstruction_loss
-from ofb_kernels import local_norm
+from ofb.supernet.losses import Criterion, macs_loss, one_hot_losses
 
 
 def by_definition(alpha: torch.Tensor) -> torch.Tensor:
@@ -96,18 +95,6 @@ def test_losses_of_a_stack():
     losses = one_hot_losses(alpha, alive)
     expected = [adaptive_one_hot_loss(alpha[0]), adaptive_one_hot_loss(alpha[1, :4]), torch.zeros(())]
     torch.testing.assert_close(losses, torch.stack(expected))
-
-
-def test_reconstruction_counts_masked_pixels_only():
-    images = torch.randn(2, 3, 8, 12)  # 4 × 6 patches
-    reconstruction = torch.randn_like(images)
-    error = (reconstruction - local_norm(images)).abs()
-    expected = torch.cat([error[0, :, 2:4, 4:6].flatten(), error[1, :, 6:8, 0:2].flatten()]).mean()
-    decoded = F.pixel_unshuffle(reconstruction, 2).flatten(2).mT  # what the decoder gives before its pixel shuffle
-    patches = torch.tensor([[8, 3], [18, 0]])
-    drawn = decoded.take_along_dim(patches[..., None], 1)
-    loss = reconstruction_loss(drawn, images, patches, torch.tensor([True, False]), patch_size=2)
-    torch.testing.assert_close(loss, expected)
 
 
 def test_classification_takes_indices_and_probabilities():

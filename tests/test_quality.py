@@ -1,6 +1,7 @@
 """The quality benchmark: rivals cost what they may and keep the right units, data lies right, rows sum up."""
 
 import gzip
+import json
 import math
 from argparse import Namespace
 from dataclasses import replace
@@ -14,7 +15,8 @@ import ofb
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import fashion_mnist, grid, rivals, settings
 from benchmarks.quality.images import Batches, small_images
-from benchmarks.quality.results import Mean, difference, read_rows, write_rows
+from benchmarks.quality.results import FOLDER, Mean, difference, read_rows, write_rows
+from ofb.export import count_params
 from ofb.supernet.families import count_macs, describe, vit
 from tests.common import tiny_vit
 
@@ -142,7 +144,7 @@ def quick_digits(monkeypatch, tmp_path):
 def test_every_method_runs(method, quick_digits):
     job = grid.Job("digits", method, "60%", seed=0, distillation="soft", options=("macs_weight=7",))
     (row,) = grid.run(job)
-    dense = count_macs(settings.dense_network("digits"))
+    dense = count_macs(ofb.load(settings.dense_folder("digits")))
     assert 0.5 * dense < row["macs"] <= 0.6 * dense
     assert 0 <= float(row["test_top1"]) <= 100 and row["options"] == "macs_weight=7"
     assert float(row["search_epochs"]) + row["finetune_epochs"] == 5 or method == "best of random"
@@ -150,10 +152,17 @@ def test_every_method_runs(method, quick_digits):
 
 def test_one_search_finds_all_targets(quick_digits):
     rows = grid.run(grid.Job("digits", grid.ONE_SEARCH, "80%,60%", seed=1))
-    dense = count_macs(settings.dense_network("digits"))
+    dense = count_macs(ofb.load(settings.dense_folder("digits")))
     assert [row["target"] for row in rows] == ["80%", "60%"]
     assert [0.98 * share <= row["macs"] / dense <= share for row, share in zip(rows, (0.8, 0.6), strict=True)]
     assert sum(float(row["search_epochs"]) for row in rows) == 4  # half of twice four
+
+
+def test_the_kept_dense_network_is_the_one_of_the_figures():
+    figures = json.loads((FOLDER / "fashion_mnist-reduced.dense.json").read_text())
+    dense = ofb.load(settings.dense_folder("fashion_mnist-reduced"))
+    assert (count_macs(dense), count_params(dense)) == (figures["macs"], figures["params"])
+    assert len(figures["val_top1"]) == settings.SETTINGS["fashion_mnist-reduced"].dense_epochs
 
 
 def arguments(**options):

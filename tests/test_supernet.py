@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ofb.supernet import Supernet
+from ofb.supernet import Supernet, decisions
 from ofb.supernet.budget import TOLERANCE
 from ofb.supernet.families import count_macs
+from ofb.supernet.masked_images import draw_patches, replace_patches
 from ofb_kernels import local_norm
 from tests.common import tiny_vit
 
@@ -223,7 +224,7 @@ def test_calls_grow_neither_with_candidates_nor_with_blocks():
 
 @pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_step_agrees_with_the_float64_reference(backend, residual_mask, device):
+def test_step_agrees_with_the_float64_reference(backend, residual_mask, device, monkeypatch):
     exact = make_supernet(device=device, dtype=torch.float64, residual_mask=residual_mask, backend="reference")
     supernet = make_supernet(device=device, residual_mask=residual_mask, backend=backend)
     supernet.load_state_dict(exact.state_dict())
@@ -232,7 +233,7 @@ def test_step_agrees_with_the_float64_reference(backend, residual_mask, device):
     def run(network, dtype):
         torch.manual_seed(0)
         patches, masked = torch.rand(8, 16, device=device).argsort(1)[:, :4], torch.arange(4, device=device) < 3
-        network._draw_patches = lambda embeddings: (patches, masked)
+        monkeypatch.setattr("ofb.supernet.supernet.draw_patches", lambda *_: (patches, masked))
         losses = network.loss(images.to(dtype), targets)
         losses.total.backward()
         return losses, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -254,29 +255,16 @@ def test_every_parameter_learns():
     assert silent == {f"bimasks.{name}.scale" for name in supernet.bimasks}
 
 
-def test_masked_patches_keep_their_share():
-    supernet = make_supernet()
-    embeddings = torch.randn(6, 16, 32)
-    for ratio, expected in [(0.01, 1), (0.15, 3), (0.25, 4)]:
-        supernet.mask_ratio.fill_(ratio)
-        patches, masked = supernet._draw_patches(embeddings)
-        assert patches.shape == (6, 4)
-        assert all(len(set(row)) == 4 for row in patches.tolist())
-        assert masked.sum() == expected
-        replaced = (supernet._replace(embeddings, patches, masked) == supernet.mask_token).all(2)
-        assert replaced.sum(1).tolist() == [expected] * 6
-        assert all(replaced[i, patches[i, masked]].all() for i in range(6))
-
-
-def test_reconstruction_compares_each_patch_with_its_own_pixels():
+def test_reconstruction_compares_each_patch_with_its_own_pixels(monkeypatch):
     supernet = make_supernet().eval()
     images, targets = make_batch()
     supernet.mask_ratio.fill_(0.2)
-    patches, masked = supernet._draw_patches(torch.empty(8, 16, 1))
-    supernet._draw_patches = lambda embeddings: (patches, masked)
+    patches, masked = draw_patches(torch.empty(8, 16, 1), supernet.mask_ratio, 0.25)
+    monkeypatch.setattr("ofb.supernet.supernet.draw_patches", lambda *_: (patches, masked))
     loss = supernet.loss(images, targets).reconstruction
 
-    tokens = supernet._features(supernet._replace(supernet.model.patch_embed(images), patches, masked))
+    embeddings = supernet.model.patch_embed(images)
+    tokens = supernet._features(replace_patches(embeddings, patches, masked, supernet.mask_token))
     decoded = supernet.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
     picture = torch.nn.functional.pixel_shuffle(decoded.mT.unflatten(2, (4, 4)), 4)
     counts = torch.zeros(8, 16, dtype=torch.bool).scatter(1, patches, masked.expand(8, -1)).view(8, 4, 4)
@@ -354,7 +342,7 @@ def test_parameter_groups():
     assert sum(len(group["params"]) for group in (decay, no_decay, score, architecture)) == len(names)
     *weights, score, architecture = supernet.parameter_groups()
     assert all("lr" not in group for group in weights)
-    assert score["lr"] == architecture["lr"] == pytest.approx(25 / 24)  # over 4 epochs of 6 steps
+    assert (score["lr"], architecture["lr"]) == pytest.approx((0.5 / 24, 25 / 24))  # over 4 epochs of 6 steps
 
 
 def test_scores_start_in_the_order_of_magnitude():
@@ -450,7 +438,7 @@ def test_settling_keeps_the_likeliest_combination():
     with torch.no_grad():
         for bimask in supernet.bimasks.values():
             bimask.alpha.normal_()
-    chosen = supernet._choose({name: bimask.alive for name, bimask in supernet.bimasks.items()})
+    chosen = decisions.choose(supernet.bimasks, supernet.macs, supernet.target_macs)
     supernet.steps = 9
     supernet.step()
     assert {name: bimask.candidates.full for name, bimask in supernet.bimasks.items()} == chosen

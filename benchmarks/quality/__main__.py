@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.quality.grid import KEY, METHODS, OFB, ONE_SEARCH, Job, run
 from benchmarks.quality.results import csv_path, read_rows, write_rows
-from benchmarks.quality.settings import SETTINGS, train_dense
+from benchmarks.quality.settings import SETTINGS, dense_folder, train_dense
 from ofb.engine.checkpoint import write_text
 
 SHOWN = ("method", "target", "seed", "distillation", "options", "val_top1", "test_top1", "left_open", "seconds")
@@ -33,8 +33,9 @@ GPU_PROCESSES = 4
 def main() -> None:
     arguments = parse_arguments()
     path = arguments.output or csv_path(arguments.data)
-    dense = train_dense(arguments.data, arguments.data_dir)
-    write_text(path.with_suffix(".dense.json"), json.dumps(dense) + "\n")
+    figures = path.with_suffix(".dense.json")
+    if not figures.exists() or not dense_folder(arguments.data).exists():
+        write_text(figures, json.dumps(train_dense(arguments.data, arguments.data_dir)) + "\n")
     rows = read_rows(path)
     known = {tuple(row[name] for name in KEY) for row in rows}
     jobs = [job for job in jobs_of(arguments) if not known.issuperset(job.keys())]

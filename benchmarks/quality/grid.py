@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ofb
 from benchmarks.quality import rivals
-from benchmarks.quality.settings import SETTINGS, Setting, dense_network, images
+from benchmarks.quality.settings import SETTINGS, Setting, dense_folder, images
 from ofb.engine.config import SearchConfig, TrainConfig, key_and_value
 from ofb.engine.data import Loaders
 from ofb.engine.journal import Journal
@@ -103,7 +103,7 @@ class Found:
 def run(job: Job) -> list[dict]:
     """Make, train and judge small networks; a row for each target. A CPU run takes one core."""
     torch.set_num_threads(1)
-    task = Task(job, SETTINGS[job.data], dense_network(job.data), images(job.data, job.data_dir))
+    task = Task(job, SETTINGS[job.data], ofb.load(dense_folder(job.data)), images(job.data, job.data_dir))
     seed_everything(job.seed, "quality", 0)
     start, log = time.perf_counter(), io.StringIO()
     with redirect_stdout(log):

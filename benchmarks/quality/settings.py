@@ -9,6 +9,7 @@ from torch import nn
 
 import ofb
 from benchmarks.quality.images import small_images
+from benchmarks.quality.results import FOLDER
 from ofb.engine.config import TrainConfig
 from ofb.engine.data import Loaders, create_loaders, create_model
 from ofb.engine.train import pick_device, seed_everything
@@ -109,16 +110,17 @@ def images(name: str, data_dir: str) -> Loaders:
     return create_loaders(config, create_model(config), pick_device(config))
 
 
-def dense_network(name: str) -> nn.Module:
-    """The dense network of a setting; `train_dense` makes it."""
-    return ofb.load(_dense_folder(name))
+def dense_folder(name: str) -> Path:
+    """Where the dense network of a setting lies: beside its results, or else where `train_dense` puts it."""
+    kept = FOLDER / f"{name}.dense"
+    return kept if kept.exists() else Path("runs/quality") / name
 
 
 def train_dense(name: str, data_dir: str) -> dict:
     """Train the dense network of a setting, unless it is there; what is known of it, its validation curve included."""
-    folder, setting, loaders = _dense_folder(name), SETTINGS[name], images(name, data_dir)
+    folder, setting, loaders = dense_folder(name), SETTINGS[name], images(name, data_dir)
     config = _data_config(setting, data_dir)
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "config.json").exists():
         ofb.save(_trained(setting, config, loaders, folder) if setting.dense_epochs else create_model(config), folder)
     model, metrics = ofb.load(folder), folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
@@ -149,7 +151,3 @@ def _data_config(setting: Setting, data_dir: str) -> TrainConfig:
         model_kwargs=tuple(f"{key}={value}" for key, value in setting.model.items()),
         pretrained=not setting.dense_epochs,
     )
-
-
-def _dense_folder(name: str) -> Path:
-    return Path("runs/quality") / name

@@ -1,10 +1,11 @@
 """What a target means, what can be reached, and which sizes meet it at the greatest likelihood."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from ofb.supernet.macs import Macs
+from ofb.supernet.macs import Macs, readable
 
 TOLERANCE = 0.02  # a found network costs between 98 % of the target and the target
 BINS_PER_SUBMODULE = 400  # costs are rounded up to bins, at most one bin too much for each submodule
@@ -59,6 +60,34 @@ def choose_sizes(macs: Macs, options: Options, target: int) -> dict[str, Size] |
             best_value = solution[0] + np.log(probability)
             best = {"embed": width, **dict(zip(names, solution[1], strict=True))}
     return best
+
+
+def meets(macs: Macs, options: Options, targets: Iterable[int]) -> bool:
+    """Whether every target has a combination of sizes to meet it."""
+    return all(choose_sizes(macs, options, target) is not None for target in targets)
+
+
+def check_targets(macs: Macs, options: Options, targets: Sequence[int]) -> None:
+    """Raise ValueError, saying what to change, where the sizes do not allow the targets, largest first."""
+    least, most = reachable(macs, options)
+    for target in targets:
+        if not least <= target <= most:
+            raise ValueError(
+                f"target: expected between {readable(least)} and {readable(most)} MACs "
+                f"({least / most:.1%} to 100% of dense), got {readable(target)} ({target / most:.1%}); "
+                "choose one within"
+            )
+        if not meets(macs, options, [target]):
+            raise ValueError(
+                f"target: no combination of candidate sizes costs within {TOLERANCE:.0%} below "
+                f"{readable(target)} MACs; choose a slightly different target"
+            )
+    for larger, smaller in pairwise(targets):
+        if smaller >= larger * (1 - TOLERANCE):
+            raise ValueError(
+                f"later_targets: expected each at least {TOLERANCE:.0%} below the one before, got "
+                f"{readable(smaller)} MACs after {readable(larger)}; give the largest first"
+            )
 
 
 def _unit_cost(macs: Macs, name: str, width: int) -> int:

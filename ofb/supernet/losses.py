@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ofb_kernels import local_norm
-
 # σ stays this far from 0 and 1, where the tangent has its poles; in float32 it even has the wrong sign there.
 SIGMA_MARGIN = 1e-4
 # A probability below e^-80 contributes nothing to an entropy in float32; the bound keeps 0 · log 0 at 0.
@@ -68,25 +66,6 @@ def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
 def macs_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor:
     """((F(p) − F_target) / F_dense)², all in MACs."""
     return ((expected - target) / dense).square()
-
-
-def reconstruction_loss(decoded: Tensor, images: Tensor, patches: Tensor, masked: Tensor, patch_size: int) -> Tensor:
-    """Mean absolute error over the pixels of masked patches against the locally normalized image.
-
-    Args:
-        decoded: (B, K, C·p²), the decoder's output for K patches of each image.
-        images: (B, C, H, W), the network's input.
-        patches: (B, K), which patches these are, counted row by row.
-        masked: (K,) bool, False for patches that do not count.
-        patch_size: p.
-    """
-    normalized = local_norm(images.float())
-    blocks = normalized.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/p, p, W/p, p)
-    row, column = patches // blocks.shape[4], patches % blocks.shape[4]
-    image = torch.arange(len(images), device=images.device)[:, None]
-    target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p²)
-    error = (decoded.float() - target).abs().mean(2)  # (B, K)
-    return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,21 @@
 """Supernet: a timm Vision Transformer with bi-masks on it, searched while it trains (OFB, CVPR 2024)."""
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ofb.supernet import decisions
 from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
-from ofb.supernet.budget import TOLERANCE, choose_sizes, parse_target, reachable
+from ofb.supernet.budget import check_targets, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
-from ofb.supernet.losses import Criterion, macs_loss, reconstruction_loss
-from ofb.supernet.macs import readable
+from ofb.supernet.losses import Criterion, macs_loss
+from ofb.supernet.masked_images import draw_patches, reconstruction_loss, replace_patches
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
@@ -172,7 +171,7 @@ class Supernet(nn.Module):
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
-        self._check_targets()
+        check_targets(self.macs, decisions.options(self.bimasks), self.targets)
 
     @property
     def family(self) -> ModuleType:
@@ -265,58 +264,25 @@ class Supernet(nn.Module):
         self._set_schedules()
 
     def prune(self, optimizer: Optimizer | None = None) -> None:
-        """Drop unlikely candidates and the units beyond the largest ones left.
-
-        A submodule keeps its candidates where dropping them would leave some target without a combination to meet it.
-        """
-        alive = {name: bimask.alive for name, bimask in self.bimasks.items()}
-        wanted = {name: bimask.survivors(self.prune_threshold) for name, bimask in self.bimasks.items()}
-        if not self._can_meet_targets(wanted):
-            kept = dict(alive)
-            for name in wanted:
-                if self._can_meet_targets(kept | {name: wanted[name]}):
-                    kept[name] = wanted[name]
-            wanted = kept
-        wanted = self._settled(wanted)
-        for name, bimask in self.bimasks.items():
-            if not torch.equal(bimask.alive, wanted[name]):
-                self._keep_candidates(name, wanted[name], optimizer, how="pruned")
-
-    def _settled(self, alive: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is left of `alive` at this event: towards the end of the search ever fewer, and at its last event one.
-
-        The likeliest combination that meets the target always stays.
-        """
-        events = self._events_left()
-        if self.targets_passed + 1 < len(self.targets) or events is None:
-            return alive
-        chosen = self._choose(alive)
-        return {
-            name: self.bimasks[name].likeliest(grid, math.ceil(int(grid.sum()) ** (1 - 1 / events)), chosen[name])
-            for name, grid in alive.items()
-        }
-
-    def _events_left(self) -> int | None:
-        """How many pruning events are left, this one counted; None before the search settles."""
-        if self.steps < (1 - self.settling) * self.total_steps:
-            return None
-        return sum(
-            prunes_after(step, self.steps_per_epoch, self.prunes_per_epoch)
-            for step in range(self.steps, self.total_steps + 1)
+        """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
+        last = self.targets_passed + 1 == len(self.targets)
+        surviving = decisions.survivors(
+            self.bimasks,
+            self.macs,
+            self.targets[self.targets_passed :],
+            self.prune_threshold,
+            self._events_left() if last else None,
         )
+        for name, bimask in self.bimasks.items():
+            if not torch.equal(bimask.alive, surviving[name]):
+                self._keep_candidates(name, surviving[name], optimizer, how="pruned")
 
     def finalize(self, optimizer: Optimizer | None = None) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
-        chosen = self._choose({name: bimask.alive for name, bimask in self.bimasks.items()})
+        chosen = decisions.choose(self.bimasks, self.macs, self.target_macs)
         for name, bimask in self.bimasks.items():
             if not bimask.final:
-                heads, channels = chosen[name]
-                self._keep_candidates(
-                    name,
-                    bimask.holds(heads, channels),
-                    optimizer,
-                    how="chosen",
-                )
+                self._keep_candidates(name, bimask.holds(*chosen[name]), optimizer, how="chosen")
 
     @torch.no_grad()
     def extract(self) -> nn.Module:
@@ -337,7 +303,7 @@ class Supernet(nn.Module):
 
     def reachable(self) -> tuple[int, int]:
         """Fewest and most MACs that the candidates alive allow."""
-        return reachable(self.macs, self._options({name: bimask.alive for name, bimask in self.bimasks.items()}))
+        return reachable(self.macs, decisions.options(self.bimasks))
 
     @torch.no_grad()
     def expected_macs(self) -> float:
@@ -398,6 +364,15 @@ class Supernet(nn.Module):
 
     # ---- parts ----
 
+    def _events_left(self) -> int | None:
+        """How many pruning events are left, this one counted; None before the search settles."""
+        if self.steps < (1 - self.settling) * self.total_steps:
+            return None
+        return sum(
+            prunes_after(step, self.steps_per_epoch, self.prunes_per_epoch)
+            for step in range(self.steps, self.total_steps + 1)
+        )
+
     def _unit_sums(self, figure: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """A figure of the weights, summed over each unit of each submodule."""
         return {
@@ -411,8 +386,8 @@ class Supernet(nn.Module):
         if not max(self.mask_ratio_range):
             logits = self.family.logits(self.model, self._features(embeddings))
             return logits, logits.new_zeros((), dtype=torch.float32)
-        patches, masked = self._draw_patches(embeddings)  # (B, K), (K,)
-        tokens = self._features(self._replace(embeddings, patches, masked))
+        patches, masked = draw_patches(embeddings, self.mask_ratio, max(self.mask_ratio_range))  # (B, K), (K,)
+        tokens = self._features(replace_patches(embeddings, patches, masked, self.mask_token))
         drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(patches[..., None], 1)
         patch_size = self.model.patch_embed.patch_size[0]
         rebuilt = reconstruction_loss(self.decoder(drawn), images, patches, masked, patch_size)
@@ -432,23 +407,6 @@ class Supernet(nn.Module):
 
     def _residual_mask(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         return masks["embed"].flatten() if self.residual_mask == "stream" else None
-
-    def _draw_patches(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K) distinct patches of every image and (K,) bool, which of them to mask: the present share, at least one.
-
-        K is the largest number that is ever masked, so that shapes stay what they are while the share grows.
-        """
-        images, patches = embeddings.shape[:2]
-        most = max(1, math.ceil(max(self.mask_ratio_range) * patches))
-        drawn = torch.rand(images, patches, device=embeddings.device).argsort(1)[:, :most]
-        number = (self.mask_ratio * patches).clamp(min=1)
-        return drawn, torch.arange(most, device=embeddings.device) < number
-
-    def _replace(self, embeddings: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
-        """Embeddings with the mask token in place of the masked patches."""
-        replaced = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        replaced = replaced.scatter(1, patches, masked.expand(patches.shape))
-        return torch.where(replaced[..., None], self.mask_token.to(embeddings.dtype), embeddings)
 
     def _one_hot_loss(self) -> Tensor:
         penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
@@ -476,38 +434,6 @@ class Supernet(nn.Module):
         steps = max(0.0, self.steps - self.targets_passed * share)
         self.paced = steps >= self.pace * share  # the goal is the target itself
         self.macs_goal.fill_(ramp(steps, self.pace * share, before, self.target_macs))
-
-    def _options(self, alive: Mapping[str, Tensor]) -> dict[str, dict[tuple[int, int], float]]:
-        return {name: self.bimasks[name].sizes(grid) for name, grid in alive.items()}
-
-    def _choose(self, alive: Mapping[str, Tensor]) -> dict[str, tuple[int, int]] | None:
-        return choose_sizes(self.macs, self._options(alive), self.target_macs)
-
-    def _can_meet_targets(self, alive: Mapping[str, Tensor]) -> bool:
-        options = self._options(alive)
-        return all(choose_sizes(self.macs, options, each) is not None for each in self.targets[self.targets_passed :])
-
-    def _check_targets(self) -> None:
-        least, most = self.reachable()
-        options = self._options({name: bimask.alive for name, bimask in self.bimasks.items()})
-        for target in self.targets:
-            if not least <= target <= most:
-                raise ValueError(
-                    f"target: expected between {readable(least)} and {readable(most)} MACs "
-                    f"({least / self.dense_macs:.1%} to {most / self.dense_macs:.0%} of dense), "
-                    f"got {readable(target)} ({target / self.dense_macs:.1%}); choose one within"
-                )
-            if choose_sizes(self.macs, options, target) is None:
-                raise ValueError(
-                    f"target: no combination of candidate sizes costs within {TOLERANCE:.0%} below "
-                    f"{readable(target)} MACs; choose a slightly different target"
-                )
-        for larger, smaller in pairwise(self.targets):
-            if smaller >= larger * (1 - TOLERANCE):
-                raise ValueError(
-                    f"later_targets: expected each at least {TOLERANCE:.0%} below the one before, got "
-                    f"{readable(smaller)} MACs after {readable(larger)}; give the largest first"
-                )
 
     def _keep_candidates(self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str | None) -> None:
         """Remove the units no living candidate keeps, then the dead candidates, and note a size that became final."""

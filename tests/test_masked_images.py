@@ -1,0 +1,33 @@
+"""Masked image modelling: how many patches are hidden, which, and that only their pixels count."""
+
+import torch
+import torch.nn.functional as F
+
+from ofb.supernet.masked_images import draw_patches, reconstruction_loss, replace_patches
+from ofb_kernels import local_norm
+
+
+def test_masked_patches_keep_their_share():
+    embeddings, mask_token = torch.randn(6, 16, 32), torch.randn(1, 1, 32)
+    for ratio, expected in [(0.01, 1), (0.15, 3), (0.25, 4)]:
+        patches, masked = draw_patches(embeddings, torch.tensor(ratio), most=0.25)
+        assert patches.shape == (6, 4)
+        assert all(len(set(row)) == 4 for row in patches.tolist())
+        assert masked.sum() == expected
+        result = replace_patches(embeddings, patches, masked, mask_token)
+        replaced = (result == mask_token).all(2)
+        assert replaced.sum(1).tolist() == [expected] * 6
+        assert all(replaced[i, patches[i, masked]].all() for i in range(6))
+        assert torch.equal(result[~replaced], embeddings[~replaced])
+
+
+def test_reconstruction_counts_masked_pixels_only():
+    images = torch.randn(2, 3, 8, 12)  # 4 × 6 patches
+    reconstruction = torch.randn_like(images)
+    error = (reconstruction - local_norm(images)).abs()
+    expected = torch.cat([error[0, :, 2:4, 4:6].flatten(), error[1, :, 6:8, 0:2].flatten()]).mean()
+    decoded = F.pixel_unshuffle(reconstruction, 2).flatten(2).mT  # what the decoder gives before its pixel shuffle
+    patches = torch.tensor([[8, 3], [18, 0]])
+    drawn = decoded.take_along_dim(patches[..., None], 1)
+    loss = reconstruction_loss(drawn, images, patches, torch.tensor([True, False]), patch_size=2)
+    torch.testing.assert_close(loss, expected)
