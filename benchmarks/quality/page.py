@@ -156,7 +156,8 @@ def draw(found: Series, dense: dict, path: Path) -> None:
             for (its, _), runs in found.items():
                 if its == method:
                     top1 = Mean.of(float(row["test_top1"]) for row in runs)
-                    points.append((Mean.of(float(row[cost]) / UNITS[cost] for row in runs).mean, top1))
+                    # Seeds differ little in size, and other load only ever slows a network down: the least cost.
+                    points.append((min(float(row[cost]) for row in runs) / UNITS[cost], top1))
             points.sort(key=lambda point: point[0])
             panel.errorbar(
                 [x for x, _ in points],
