@@ -15,7 +15,8 @@ GRIDS = {
     "attn0": Candidates((1, 2), (4, 8)),
     "mlp0": Candidates((1,), (32, 64)),
 }
-FULL = round(1.01 * MACS.total({name: candidates.units for name, candidates in GRIDS.items()}))  # the full sizes meet it
+# A target that the full sizes meet.
+FULL = round(1.01 * MACS.total({name: candidates.units for name, candidates in GRIDS.items()}))
 
 
 @pytest.fixture
