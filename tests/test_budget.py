@@ -41,7 +41,7 @@ def make_options(widths, attention, hidden, probability):
     }
 
 
-MACS = Macs(fixed=100, per_unit={"attn0": (20, 50), "mlp0": (10, 0)})
+MACS = Macs(("embed",), {"embed": 100, "attn0": 50}, {("attn0", "embed"): 20, ("mlp0", "embed"): 10})
 
 
 def test_reachable():

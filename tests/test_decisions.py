@@ -9,7 +9,7 @@ from ofb.supernet.bimask import BiMask
 from ofb.supernet.macs import Macs
 from ofb.supernet.search_space import Candidates
 
-MACS = Macs(fixed=10, per_unit={"attn0": (4, 2), "mlp0": (2, 0)})
+MACS = Macs(("embed",), {"embed": 10, "attn0": 2}, {("attn0", "embed"): 4, ("mlp0", "embed"): 2})
 GRIDS = {
     "embed": Candidates((1,), (8, 12, 16)),
     "attn0": Candidates((1, 2), (4, 8)),

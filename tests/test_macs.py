@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofb.supernet.families import build, count_macs, describe
-from ofb.supernet.macs import Macs
+from ofb.supernet.macs import Macs, expected_macs
 
 
 def counted_by_torch(model) -> int:
@@ -40,12 +40,19 @@ def test_distilled_and_uneven_blocks():
 
 
 def test_expected_macs_are_differentiable_and_exact():
-    macs = Macs(fixed=100, per_unit={"attn0": (8, 32), "mlp0": (4, 0)})
-    assert macs.total({"embed": 10, "attn0": 6, "mlp0": 20}) == 1000 + 6 * 112 + 20 * 40
+    macs = Macs(
+        ("embed0", "embed1"),
+        {"embed0": 100, "attn0": 32, "embed1": 3},
+        {("attn0", "embed0"): 8, ("mlp0", "embed0"): 4, ("embed1", "embed0"): 7},
+    )
+    sizes = {"embed0": 10, "attn0": 6, "mlp0": 20, "embed1": 5}
+    assert macs.total(sizes) == 1000 + 6 * 112 + 20 * 40 + 5 * 73
+    assert macs.total(sizes) == sum(macs.part(name, units, 10 * (name != "embed0")) for name, units in sizes.items())
     p = torch.tensor([0.25, 0.75], dtype=torch.float64, requires_grad=True)
-    units = torch.stack([(p * torch.tensor([2.0, 6.0])).sum(), p.new_tensor(10.0), p.new_tensor(20.0)])
-    rates = torch.tensor(macs.rates(["attn0", "embed", "mlp0"]), dtype=torch.float64)
-    expected = macs.expected(units[1], units, rates)
-    assert expected.item() == 1000 + (0.25 * 2 + 0.75 * 6) * 112 + 800
+    fixed = p.new_tensor([10.0, 20.0, 5.0])
+    units = torch.cat([(p * torch.tensor([2.0, 6.0])).sum()[None], fixed])
+    form = macs.form(["attn0", "embed0", "mlp0", "embed1"], dtype=torch.float64)
+    expected = expected_macs(units, *form)
+    assert expected.item() == 1000 + (0.25 * 2 + 0.75 * 6) * 112 + 800 + 365
     expected.backward()
     assert p.grad.tolist() == [2 * 112, 6 * 112]

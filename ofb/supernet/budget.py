@@ -1,6 +1,7 @@
 """What a target means, what can be reached, and which sizes meet it at the greatest likelihood."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -45,21 +46,40 @@ def reachable(macs: Macs, options: Options) -> tuple[int, int]:
 def choose_sizes(macs: Macs, options: Options, target: int) -> dict[str, Size] | None:
     """The combination of sizes of greatest Σ log p whose exact cost lies within the tolerance below the target.
 
-    A knapsack for each residual width: the cost is linear in the other submodules' units once the width is fixed.
+    A knapsack that walks through the network, once for each size of the residual width it is on: with the width fixed,
+    every submodule has a cost of its own. A later width is entered from the best size of the one before.
 
     Returns:
         (heads, channels) for each submodule, or None where no combination meets the target.
     """
-    names = [name for name in options if name != "embed"]
-    best_value, best = -np.inf, None
-    for width, probability in options["embed"].items():
-        room = target - width[1] * macs.fixed
-        costs = {name: _unit_cost(macs, name, width[1]) for name in names}
-        solution = _knapsack([options[name] for name in names], [costs[name] for name in names], room, target)
-        if solution is not None and solution[0] + np.log(probability) > best_value:
-            best_value = solution[0] + np.log(probability)
-            best = {"embed": width, **dict(zip(names, solution[1], strict=True))}
-    return best
+    bins = BINS_PER_SUBMODULE * (len(options) + 1)
+    start = _Ways(np.where(np.arange(bins + 1) == 0, 0.0, -np.inf))
+    width_before = {(1, 0): start}
+    for width, members in macs.stages().items():
+        ways_to = {}
+        for size, probability in options[width].items():
+            ways = _choose(
+                width,
+                [
+                    (before, size, probability, _bins(macs.part(width, size[1], size_before[1]), target, bins))
+                    for size_before, before in width_before.items()
+                ],
+            )
+            for name in members:
+                ways = _choose(
+                    name,
+                    [
+                        (ways, each, p, _bins(macs.part(name, each[0] * each[1], size[1]), target, bins))
+                        for each, p in options[name].items()
+                    ],
+                )
+            ways_to[size] = ways
+        width_before = ways_to
+    # Rounding up overstates the cost by up to one bin a submodule, so the lower limit moves up by as much.
+    lowest = int(np.ceil((1 - TOLERANCE) * bins)) + len(options)
+    best = max(width_before.values(), key=lambda ways: ways.value[lowest:].max())
+    position = lowest + int(best.value[lowest:].argmax())
+    return best.sizes(position) if np.isfinite(best.value[position]) else None
 
 
 def meets(macs: Macs, options: Options, targets: Iterable[int]) -> bool:
@@ -90,44 +110,45 @@ def check_targets(macs: Macs, options: Options, targets: Sequence[int]) -> None:
             )
 
 
-def _unit_cost(macs: Macs, name: str, width: int) -> int:
-    per_width, constant = macs.per_unit[name]
-    return width * per_width + constant
+@dataclass
+class _Ways:
+    """The best ways to choose the sizes of some submodules, one for each cost in bins.
+
+    Attributes:
+        value: greatest Σ log p, −inf where no choice costs that.
+        name: the submodule chosen last, None at the start.
+        taken: which of the alternatives for it.
+        alternatives: (ways before, size, probability, cost in bins).
+    """
+
+    value: np.ndarray
+    name: str | None = None
+    taken: np.ndarray | None = None
+    alternatives: Sequence[tuple["_Ways", Size, float, int]] = ()
+
+    def sizes(self, position: int) -> dict[str, Size]:
+        """The choices behind the value at a cost."""
+        sizes, ways = {}, self
+        while ways.name is not None:
+            before, sizes[ways.name], _, cost = ways.alternatives[ways.taken[position]]
+            ways, position = before, position - cost
+        return sizes
 
 
-def _knapsack(
-    options: list[Mapping[Size, float]], unit_costs: list[int], room: int, target: int
-) -> tuple[float, list[Size]] | None:
-    """Greatest Σ log p with target · (1 − TOLERANCE) ≤ total cost ≤ target, where `room` of the target is left."""
-    smallest = [cost * min(h * c for h, c in sizes) for sizes, cost in zip(options, unit_costs, strict=True)]
-    if sum(smallest) > room:
-        return None
-    bins = BINS_PER_SUBMODULE * (len(options) + 1)
-    width_of_bin = target / bins
-    capacity = int(room // width_of_bin)
-    value = np.full(capacity + 1, -np.inf)  # greatest Σ log p for each cost so far, in bins
-    value[0] = 0.0
-    choices = []
-    for sizes, unit_cost in zip(options, unit_costs, strict=True):
-        following, choice = np.full_like(value, -np.inf), np.zeros(capacity + 1, dtype=np.int16)
-        for k, ((heads, channels), probability) in enumerate(sizes.items()):
-            cost = int(np.ceil(heads * channels * unit_cost / width_of_bin))
-            if cost > capacity:
-                continue
-            candidate = value[: capacity + 1 - cost] + np.log(max(probability, 1e-300))
-            better = candidate > following[cost:]
-            following[cost:][better] = candidate[better]
-            choice[cost:][better] = k
-        value = following
-        choices.append(choice)
-    # Rounding up overstates the cost by up to one bin a submodule, so the lower limit moves up by as much.
-    lowest = max(0, int(np.ceil((room - TOLERANCE * target) / width_of_bin)) + len(options))
-    if lowest > capacity or not np.isfinite(value[lowest:]).any():
-        return None
-    position = lowest + int(np.argmax(value[lowest:]))
-    total, chosen = float(value[position]), []
-    for sizes, unit_cost, choice in zip(reversed(options), reversed(unit_costs), reversed(choices), strict=True):
-        heads, channels = list(sizes)[choice[position]]
-        chosen.append((heads, channels))
-        position -= int(np.ceil(heads * channels * unit_cost / width_of_bin))
-    return total, chosen[::-1]
+def _choose(name: str, alternatives: Sequence[tuple[_Ways, Size, float, int]]) -> _Ways:
+    """The ways that end with one of the alternatives for a submodule."""
+    value = np.full_like(alternatives[0][0].value, -np.inf)
+    taken = np.zeros(len(value), dtype=np.int16)
+    for index, (before, _, probability, cost) in enumerate(alternatives):
+        if cost >= len(value):
+            continue
+        candidate = before.value[: len(value) - cost] + np.log(max(probability, 1e-300))
+        better = candidate > value[cost:]
+        value[cost:][better] = candidate[better]
+        taken[cost:][better] = index
+    return _Ways(value, name, taken, alternatives)
+
+
+def _bins(macs: int, target: int, bins: int) -> int:
+    """A cost in bins, of which the target has so many; rounded up."""
+    return -(-macs * bins // target)

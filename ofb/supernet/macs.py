@@ -7,39 +7,54 @@ as in the paper and in torch.utils.flop_counter.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Macs:
-    """MACs of a network with one residual width: width · fixed + Σ units · (width · per_width + constant).
+    """MACs of a network whose submodules have u units each: Σ linear[i] · uᵢ + Σ products[i, j] · uᵢ · uⱼ.
+
+    A submodule inside a block is multiplied with one residual width only, the one it reads and writes; a residual width
+    may be multiplied with the one before it.
 
     Attributes:
-        fixed: MACs per channel of the residual width in patch embedding and classifier.
-        per_unit: for each searchable submodule but the width, (per_width, constant) of one of its units.
+        widths: the submodules that are residual widths, from the images to the classifier.
+        linear: MACs for each unit of a submodule.
+        products: MACs for each pair of units, (submodule, its width) or (width, the width before).
     """
 
-    fixed: int
-    per_unit: Mapping[str, tuple[int, int]]
+    widths: tuple[str, ...]
+    linear: Mapping[str, int]
+    products: Mapping[tuple[str, str], int]
 
     def total(self, sizes: Mapping[str, int]) -> int:
-        """MACs for sizes in units, "embed" being the width."""
-        width = sizes["embed"]
-        return width * self.fixed + sum(
-            sizes[name] * (width * per_width + constant) for name, (per_width, constant) in self.per_unit.items()
-        )
+        """MACs for sizes in units."""
+        products = sum(macs * sizes[one] * sizes[other] for (one, other), macs in self.products.items())
+        return products + sum(macs * sizes[name] for name, macs in self.linear.items())
 
-    def rates(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        """(per_width, constant) of each submodule, 0 for the width itself."""
-        return [self.per_unit.get(name, (0, 0)) for name in names]
+    def stages(self) -> dict[str, list[str]]:
+        """The submodules of each residual width."""
+        return {
+            width: [one for one, other in self.products if other == width and one not in self.widths]
+            for width in self.widths
+        }
 
-    def expected(self, width: Tensor, units: Tensor, rates: Tensor) -> Tensor:
-        """Expected MACs for the expected width (0-d) and units (S,), differentiable; rates (S, 2).
+    def part(self, name: str, units: int, width: int) -> int:
+        """MACs that a submodule adds, given the size of the width it is multiplied with; 0 before the first width."""
+        per_pair = sum(macs for (one, _), macs in self.products.items() if one == name)
+        return units * (self.linear.get(name, 0) + per_pair * width)
 
-        Exact where sizes are independent: the total is linear in each of them.
-        """
-        per_width, constant = (units @ rates).unbind()
-        return width * (self.fixed + per_width) + constant
+    def form(self, names: Sequence[str], **like) -> tuple[Tensor, Tensor]:
+        """`linear` as (S,) and `products` as (S, S) for `expected`, in the order of the names."""
+        linear = torch.tensor([self.linear.get(name, 0) for name in names], **like)
+        return linear, torch.tensor([[self.products.get((one, other), 0) for other in names] for one in names], **like)
+
+
+def expected_macs(units: Tensor, linear: Tensor, products: Tensor) -> Tensor:
+    """Expected MACs (0-d) for expected sizes (S,), differentiable; exact, as sizes are independent of each other."""
+    # No matrix products: autocast would take them to 16 bits, which such figures overflow.
+    return (units * (linear + (products * units).sum(1))).sum()
 
 
 def readable(amount: float) -> str:

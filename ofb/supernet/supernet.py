@@ -15,6 +15,7 @@ from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.losses import Criterion, macs_loss
+from ofb.supernet.macs import expected_macs
 from ofb.supernet.masked_images import draw_patches, reconstruction_loss, replace_patches
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
@@ -165,9 +166,9 @@ class Supernet(nn.Module):
         self.revision = 0  # of the tensors behind the step: whoever holds on to them looks here
         self._build_stacks()
         names = [name for stack in self.stacks.values() for name in stack.names]
-        rates = torch.tensor(self.macs.rates(names), device=weight.device, dtype=torch.float32)
-        self.register_buffer("rates", rates, persistent=False)
-        self.width_index = names.index("embed")
+        linear, products = self.macs.form(names, device=weight.device, dtype=torch.float32)
+        self.register_buffer("macs_linear", linear, persistent=False)
+        self.register_buffer("macs_products", products, persistent=False)
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
@@ -413,8 +414,8 @@ class Supernet(nn.Module):
         return sum(stack.one_hot_loss(penalties[kind]) for kind, stack in self.stacks.items())
 
     def _expected_macs(self) -> Tensor:
-        units = torch.cat([stack.expected_units() for stack in self.stacks.values()]).to(self.rates.dtype)
-        return self.macs.expected(units[self.width_index], units, self.rates)
+        units = torch.cat([stack.expected_units() for stack in self.stacks.values()]).to(self.macs_linear.dtype)
+        return expected_macs(units, self.macs_linear, self.macs_products)
 
     def _build_stacks(self) -> None:
         """Attention has heads, the rest has none: in one stack, most of it would be filling."""

@@ -62,11 +62,11 @@ def macs(model: VisionTransformer) -> Macs:
     patches, tokens = model.patch_embed.num_patches, model.patch_embed.num_patches + model.num_prefix_tokens
     projection = model.patch_embed.proj.weight[0].numel()
     classifiers = sum(head.out_features for head in _classifiers(model))
-    per_unit = {}
+    linear, products = {"embed": patches * projection + classifiers}, {}
     for i in range(len(model.blocks)):
-        per_unit[f"attn{i}"] = (4 * tokens, 2 * tokens**2)
-        per_unit[f"mlp{i}"] = (2 * tokens, 0)
-    return Macs(fixed=patches * projection + classifiers, per_unit=per_unit)
+        linear[f"attn{i}"] = 2 * tokens**2
+        products |= {(f"attn{i}", "embed"): 4 * tokens, (f"mlp{i}", "embed"): 2 * tokens}
+    return Macs(("embed",), linear, products)
 
 
 def patch_embeddings(model: VisionTransformer, images: Tensor) -> Tensor:
