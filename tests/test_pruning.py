@@ -42,7 +42,7 @@ def test_rows_of_parameters_gradients_and_moments(name):
         n: {k: v.clone() for k, v in optimizer.state[p].items() if torch.is_tensor(v)} for n, (p, *_) in before.items()
     }
     index = torch.tensor([0, 2, 3])
-    keep_units(network, COUPLINGS, index, 4, optimizer)
+    keep_units(network, COUPLINGS, index, (1, 4), optimizer)
     rows = torch.tensor([0, 2, 3, 4, 6, 7, 8, 10, 11])
     selected = {"0.weight": (0, rows), "0.bias": (0, rows), "1.weight": (1, index), "1.bias": (0, torch.arange(3))}
     for parameter_name, (dim, kept) in selected.items():
@@ -61,7 +61,7 @@ def test_a_live_graph_does_not_stand_in_the_way():
     network = make_network()
     optimizer = torch.optim.AdamW(network.parameters())
     loss = run_step(network, optimizer)  # still referenced while the next step runs
-    keep_units(network, COUPLINGS, torch.tensor([1, 2]), 4, optimizer)
+    keep_units(network, COUPLINGS, torch.tensor([1, 2]), (1, 4), optimizer)
     run_step(network, optimizer)
     assert loss.isfinite()
     assert network[0].weight.grad.shape == (6, 5)
@@ -75,7 +75,7 @@ def test_pruned_training_equals_training_of_the_smaller_network():
         for row in (3, 7, 11):
             network[0].weight[row], network[0].bias[row] = 0, 0
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
-    keep_units(network, COUPLINGS, torch.tensor([0, 1, 2]), 4, optimizer)
+    keep_units(network, COUPLINGS, torch.tensor([0, 1, 2]), (1, 4), optimizer)
     smaller.load_state_dict(network.state_dict())
     other = torch.optim.AdamW(smaller.parameters(), lr=0.01)
     for seed in range(3):
@@ -93,7 +93,7 @@ def test_factored_moments_are_refused_before_anything_changes():
     run_step(network, optimizer)
     shapes = [p.shape for p in network.parameters()]
     with pytest.raises(ValueError, match=r"expected Adafactor to keep tensors of the parameter's shape \(12, 5\), got"):
-        keep_units(network, COUPLINGS, torch.tensor([0]), 4, optimizer)
+        keep_units(network, COUPLINGS, torch.tensor([0]), (1, 4), optimizer)
     assert [p.shape for p in network.parameters()] == shapes
 
 

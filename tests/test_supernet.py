@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ofb.supernet import Supernet, decisions
 from ofb.supernet.budget import TOLERANCE
 from ofb.supernet.families import count_macs
-from ofb.supernet.masked_images import draw_patches, replace_patches
+from ofb.supernet.masked_images import draw_areas, replace_patches
 from ofb_kernels import local_norm
 from tests.common import tiny_vit
 
@@ -233,7 +233,7 @@ def test_step_agrees_with_the_float64_reference(backend, residual_mask, device, 
     def run(network, dtype):
         torch.manual_seed(0)
         patches, masked = torch.rand(8, 16, device=device).argsort(1)[:, :4], torch.arange(4, device=device) < 3
-        monkeypatch.setattr("ofb.supernet.supernet.draw_patches", lambda *_: (patches, masked))
+        monkeypatch.setattr("ofb.supernet.supernet.draw_areas", lambda *_: (patches, masked))
         losses = network.loss(images.to(dtype), targets)
         losses.total.backward()
         return losses, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -259,12 +259,12 @@ def test_reconstruction_compares_each_patch_with_its_own_pixels(monkeypatch):
     supernet = make_supernet().eval()
     images, targets = make_batch()
     supernet.mask_ratio.fill_(0.2)
-    patches, masked = draw_patches(torch.empty(8, 16, 1), supernet.mask_ratio, 0.25)
-    monkeypatch.setattr("ofb.supernet.supernet.draw_patches", lambda *_: (patches, masked))
+    patches, masked = draw_areas(8, supernet.area, supernet.mask_ratio, 0.25)
+    monkeypatch.setattr("ofb.supernet.supernet.draw_areas", lambda *_: (patches, masked))
     loss = supernet.loss(images, targets).reconstruction
 
     embeddings = supernet.model.patch_embed(images)
-    tokens = supernet._features(replace_patches(embeddings, patches, masked, supernet.mask_token))
+    tokens = supernet._features(replace_patches(embeddings, supernet.area, patches, masked, supernet.mask_token))
     decoded = supernet.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
     picture = torch.nn.functional.pixel_shuffle(decoded.mT.unflatten(2, (4, 4)), 4)
     counts = torch.zeros(8, 16, dtype=torch.bool).scatter(1, patches, masked.expand(8, -1)).view(8, 4, 4)

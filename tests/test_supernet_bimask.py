@@ -13,7 +13,7 @@ LAM = torch.tensor(0.3)
 def cut(bimask: BiMask, alive: torch.Tensor, optimizer=None) -> torch.Tensor:
     """What the supernet does: remove the units beyond, then let the candidates die."""
     index, _ = bimask.units_kept_by(alive)
-    keep_units(bimask, [Coupling("score", 0), Coupling("scale", 0)], index, bimask.candidates.units, optimizer)
+    keep_units(bimask, [Coupling("score", 0), Coupling("scale", 0)], index, bimask.candidates.full, optimizer)
     bimask.keep_candidates(alive, LAM, optimizer)
     return index
 

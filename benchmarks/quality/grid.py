@@ -157,7 +157,7 @@ def two_stage(task: Task) -> Found:
     half = task.setting.search_epochs // 2
     first = _importance_stage(task, half)
     masks = {name: bimask.mask(1.0) for name, bimask in first.bimasks.items()}
-    first.family.fold(first.model, masks, masks["embed"].flatten())
+    first.family.fold(first.model, masks, {"embed": masks["embed"].flatten()})
     sizes_only = {"lam_start": 0.0, "lam_end": 0.0, "score_init": "random"}
     config = search_config(task, epochs=task.setting.search_epochs - half, **sizes_only)
     second = make_supernet(first.model, config, len(task.loaders.train))

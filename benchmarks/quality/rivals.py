@@ -85,7 +85,7 @@ def uniform_sizes(dense: nn.Module, target: int) -> dict[str, Size]:
 def magnitudes(model: nn.Module) -> dict[str, Tensor]:
     """‖weights‖² of each unit (H, d), over everything that belongs to it."""
     return {
-        name: unit_sums(model, s.couplings, s.candidates.units, squared_weight).view(s.candidates.full)
+        name: unit_sums(model, s.couplings, s.candidates.full, squared_weight).view(s.candidates.full)
         for name, s in vit.submodules(model).items()
     }
 
@@ -98,10 +98,10 @@ def shrink(dense: nn.Module, sizes: Mapping[str, Size], importance: Mapping[str,
     for name, (heads, channels) in sizes.items():
         head_rank, channel_rank = unit_ranks(_logits(importance[name]))
         kept = ((head_rank[:, None] < heads) & (channel_rank < channels)).flatten().nonzero().flatten()
-        keep_units(model, submodules[name].couplings, kept, submodules[name].candidates.units, None)
+        keep_units(model, submodules[name].couplings, kept, submodules[name].candidates.full, None)
     vit.sync_sizes(model, [sizes[f"attn{i}"] for i in range(len(model.blocks))])
     ones = {name: torch.ones(submodule.candidates.full) for name, submodule in vit.submodules(model).items()}
-    vit.fold(model, ones, None)
+    vit.fold(model, ones, {})
     return model
 
 
@@ -145,5 +145,5 @@ def _pruned(
         block.attn.head_dim, block.attn.attn_dim = attn_dim // heads, attn_dim
     vit.sync_sizes(model, [(b.attn.num_heads, b.attn.head_dim) for b in model.blocks])
     ones = {name: torch.ones(submodule.candidates.full) for name, submodule in vit.submodules(model).items()}
-    vit.fold(model, ones, None)
+    vit.fold(model, ones, {})
     return model

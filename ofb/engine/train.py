@@ -22,6 +22,7 @@ from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
 from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig, to_dict
 from ofb.engine.graph import StepGraph
 from ofb.engine.journal import Journal
+from ofb.supernet.families import family_of
 
 TRAIN_LR_AT_256 = 1.5e-4
 TRAIN_WARMUP_EPOCHS = 5
@@ -330,7 +331,8 @@ def teaching(
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
     """Set stochastic depth, growing linearly over the blocks to `rate`."""
-    for block, block_rate in zip(model.blocks, calculate_drop_path_rates(rate, len(model.blocks)), strict=True):
+    blocks = family_of(model).blocks(model)
+    for block, block_rate in zip(blocks, calculate_drop_path_rates(rate, len(blocks)), strict=True):
         block.drop_path1 = DropPath(block_rate) if block_rate > 0 else nn.Identity()
         block.drop_path2 = DropPath(block_rate) if block_rate > 0 else nn.Identity()
 

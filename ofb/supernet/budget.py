@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 
 from ofb.supernet.macs import Macs, readable
+from ofb.supernet.search_space import Size
 
 TOLERANCE = 0.02  # a found network costs between 98 % of the target and the target
 BINS_PER_SUBMODULE = 400  # costs are rounded up to bins, at most one bin too much for each submodule
 
-Size = tuple[int, int]
 Options = Mapping[str, Mapping[Size, float]]  # for each submodule its sizes (heads, channels) and their probabilities
 
 

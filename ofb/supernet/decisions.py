@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ofb.supernet.bimask import BiMask
-from ofb.supernet.budget import Options, Size, choose_sizes, meets
+from ofb.supernet.budget import Options, choose_sizes, meets
 from ofb.supernet.macs import Macs
+from ofb.supernet.search_space import Size
 
 BiMasks = Mapping[str, BiMask]
 Alive = Mapping[str, Tensor]  # (A, B) bool of each submodule

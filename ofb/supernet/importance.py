@@ -65,6 +65,7 @@ class _without:
                 coupling.dim, unit + repeat * submodule.candidates.units, 1
             )
             for coupling in submodule.couplings
+            if not coupling.heads
             for repeat in range(coupling.repeats)
         ]
 

@@ -1,6 +1,7 @@
-"""Masked image modelling: which patches are hidden, and the loss of rebuilding them (OFB, CVPR 2024, section 3.3)."""
+"""Masked image modelling: which parts are hidden, and the loss of rebuilding them (OFB, CVPR 2024, section 3.3)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,42 +9,71 @@ from torch import Tensor
 from ofb_kernels import local_norm
 
 
-def draw_patches(embeddings: Tensor, ratio: Tensor, most: float) -> tuple[Tensor, Tensor]:
-    """(B, K) distinct patches of every image and (K,) bool, which of them to mask: a share `ratio`, at least one.
+@dataclass(frozen=True)
+class TokenArea:
+    """What part of the image each of a network's last tokens stands for; such areas are masked and rebuilt as a whole.
+
+    A network that merges patches on its way has areas of several patches.
+
+    Attributes:
+        pixels: side of the square.
+        columns: areas side by side.
+        rows: areas one below the other.
+        patches: patches along a side of an area.
+    """
+
+    pixels: int
+    rows: int
+    columns: int
+    patches: int = 1
+
+    def patches_of(self, areas: Tensor) -> Tensor:
+        """The patches (B, K, patches²), counted row by row over the image, of areas (B, K)."""
+        side = torch.arange(self.patches, device=areas.device)
+        row, column = areas // self.columns, areas % self.columns
+        rows = row[..., None] * self.patches + side  # (B, K, patches)
+        columns = column[..., None] * self.patches + side
+        return (rows[..., :, None] * self.patches * self.columns + columns[..., None, :]).flatten(2)
+
+
+def draw_areas(images: int, area: TokenArea, ratio: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """(B, K) distinct areas of every image and (K,) bool, which of them to mask: a share `ratio`, at least one.
 
     K is the largest number that is ever masked, so that shapes stay what they are while the share grows.
 
     Args:
-        embeddings: (B, patches, D).
-        ratio: 0-d, the present share of masked patches.
+        images: B.
+        area: of the network.
+        ratio: 0-d, the present share of masked areas.
         most: the largest share there will be.
     """
-    images, patches = embeddings.shape[:2]
-    count = max(1, math.ceil(most * patches))
-    drawn = torch.rand(images, patches, device=embeddings.device).argsort(1)[:, :count]
-    return drawn, torch.arange(count, device=embeddings.device) < (ratio * patches).clamp(min=1)
+    areas = area.rows * area.columns
+    count = max(1, math.ceil(most * areas))
+    drawn = torch.rand(images, areas, device=ratio.device).argsort(1)[:, :count]
+    return drawn, torch.arange(count, device=ratio.device) < (ratio * areas).clamp(min=1)
 
 
-def replace_patches(embeddings: Tensor, patches: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
-    """Embeddings with the mask token (1, 1, D) in place of the masked patches."""
+def replace_patches(embeddings: Tensor, area: TokenArea, areas: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
+    """Embeddings (B, patches, D) with the mask token (1, 1, D) in place of the patches of the masked areas."""
     replaced = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-    replaced = replaced.scatter(1, patches, masked.expand(patches.shape))
+    patches = area.patches_of(areas)
+    replaced = replaced.scatter(1, patches.flatten(1), masked[:, None].expand(patches.shape).flatten(1))
     return torch.where(replaced[..., None], mask_token.to(embeddings.dtype), embeddings)
 
 
-def reconstruction_loss(decoded: Tensor, images: Tensor, patches: Tensor, masked: Tensor, patch_size: int) -> Tensor:
-    """Mean absolute error over the pixels of masked patches against the locally normalized image.
+def reconstruction_loss(decoded: Tensor, images: Tensor, areas: Tensor, masked: Tensor, pixels: int) -> Tensor:
+    """Mean absolute error over the pixels of masked areas against the locally normalized image.
 
     Args:
-        decoded: (B, K, C·p²), the decoder's output for K patches of each image.
+        decoded: (B, K, C·p²), the decoder's output for K areas of each image.
         images: (B, C, H, W), the network's input.
-        patches: (B, K), which patches these are, counted row by row.
-        masked: (K,) bool, False for patches that do not count.
-        patch_size: p.
+        areas: (B, K), which areas these are, counted row by row.
+        masked: (K,) bool, False for areas that do not count.
+        pixels: p, side of an area.
     """
     normalized = local_norm(images.float())
-    blocks = normalized.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/p, p, W/p, p)
-    row, column = patches // blocks.shape[4], patches % blocks.shape[4]
+    blocks = normalized.unflatten(3, (-1, pixels)).unflatten(2, (-1, pixels))  # (B, C, H/p, p, W/p, p)
+    row, column = areas // blocks.shape[4], areas % blocks.shape[4]
     image = torch.arange(len(images), device=images.device)[:, None]
     target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p²)
     error = (decoded.float() - target).abs().mean(2)  # (B, K)

@@ -1,11 +1,14 @@
 """Physical removal of units: parameters and optimizer moments shrink alike, and parameters stay the same objects."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ofb.supernet.search_space import Size
 
 
 @dataclass(frozen=True)
@@ -16,22 +19,35 @@ class Coupling:
         parameter: its name in the supernet.
         dim: the dimension that holds the units.
         repeats: how many times the units stand there one after the other (3 for q, k and v).
+        heads: whether it holds heads, each standing for all its channels.
     """
 
     parameter: str
     dim: int
     repeats: int = 1
+    heads: bool = False
+
+    def index(self, units: Tensor, size: Size) -> Tensor:
+        """Where some units (ascending) of a submodule of heads × channels stand in the dimension."""
+        heads, channels = size
+        if self.heads:
+            return (units // channels).unique()
+        return torch.cat([units + repeat * heads * channels for repeat in range(self.repeats)])
 
 
 @torch.no_grad()
 def unit_sums(
-    module: nn.Module, couplings: Iterable[Coupling], units: int, figure: Callable[[nn.Parameter], Tensor]
+    module: nn.Module, couplings: Iterable[Coupling], size: Size, figure: Callable[[nn.Parameter], Tensor]
 ) -> Tensor:
-    """Sum of a figure of each weight, a tensor of the parameter's shape, over a submodule's units, (units,)."""
+    """Sum of a figure of each weight, a tensor of the parameter's shape, over each of a submodule's units, (units,).
+
+    What belongs to a whole head says nothing of its channels and does not count.
+    """
     total = torch.zeros((), device=next(module.parameters()).device)
     for coupling in couplings:
-        figures = figure(module.get_parameter(coupling.parameter)).movedim(coupling.dim, 0)
-        total = total + figures.reshape(coupling.repeats, units, -1).sum((0, 2))
+        if not coupling.heads:
+            figures = figure(module.get_parameter(coupling.parameter)).movedim(coupling.dim, 0)
+            total = total + figures.reshape(coupling.repeats, math.prod(size), -1).sum((0, 2))
     return total
 
 
@@ -49,9 +65,9 @@ def squared_taylor(parameter: nn.Parameter) -> Tensor:
 
 
 def keep_units(
-    module: nn.Module, couplings: Iterable[Coupling], index: Tensor, units: int, optimizer: Optimizer | None
+    module: nn.Module, couplings: Iterable[Coupling], index: Tensor, size: Size, optimizer: Optimizer | None
 ) -> None:
-    """Keep the units at `index` (ascending) of a submodule's `units` in every coupled parameter.
+    """Keep the units at `index` (ascending) of a submodule of heads × channels units in every coupled parameter.
 
     Raises:
         ValueError: the optimizer's moments cannot follow; nothing has been changed then.
@@ -59,8 +75,7 @@ def keep_units(
     selections = []
     for coupling in couplings:
         parameter = module.get_parameter(coupling.parameter)
-        repeated = torch.cat([index + repeat * units for repeat in range(coupling.repeats)])
-        selections.append((parameter, coupling.dim, repeated, _moments(parameter, optimizer)))
+        selections.append((parameter, coupling.dim, coupling.index(index, size), _moments(parameter, optimizer)))
     for parameter, dim, repeated, moments in selections:
         _select(parameter, dim, repeated, moments)
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 
+Size = tuple[int, int]  # heads, channels of each
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The grid of sizes a submodule may end with: each head count with each channel count of a head.
@@ -14,7 +17,7 @@ class Candidates:
     channels: tuple[int, ...]
 
     @property
-    def full(self) -> tuple[int, int]:
+    def full(self) -> Size:
         return self.heads[-1], self.channels[-1]
 
     @property

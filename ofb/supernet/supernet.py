@@ -1,6 +1,7 @@
 """Supernet: a timm Vision Transformer with bi-masks on it, searched while it trains (OFB, CVPR 2024)."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ofb.supernet.budget import check_targets, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.losses import Criterion, macs_loss
 from ofb.supernet.macs import expected_macs
-from ofb.supernet.masked_images import draw_patches, reconstruction_loss, replace_patches
+from ofb.supernet.masked_images import draw_areas, reconstruction_loss, replace_patches
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
@@ -154,9 +155,11 @@ class Supernet(nn.Module):
         if score_init != "random":
             for name, importance in self._unit_sums(squared_weight).items():
                 self.bimasks[name].rank_scores_by(importance)
-        pixels = model.patch_embed.proj.weight[0].numel()
-        self.decoder = nn.Linear(model.embed_dim, pixels, **like)  # of each token: the paper's 1 × 1 convolution
-        self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim, **like))
+        first, last = (submodules[width].candidates.units for width in (self.macs.widths[0], self.macs.widths[-1]))
+        self.area = self.family.token_area(model)
+        pixels = model.patch_embed.proj.in_channels * self.area.pixels**2
+        self.decoder = nn.Linear(last, pixels, **like)  # of each token: the paper's 1 × 1 convolution
+        self.mask_token = nn.Parameter(torch.empty(1, 1, first, **like))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
@@ -297,7 +300,7 @@ class Supernet(nn.Module):
             return copied.extract()
         model = copy.deepcopy(self.model)
         masks = self._masks()
-        self.family.fold(model, masks, self._residual_mask(masks))
+        self.family.fold(model, masks, self._residual_masks(masks))
         return model
 
     # ---- figures, each read from the device ----
@@ -377,7 +380,7 @@ class Supernet(nn.Module):
     def _unit_sums(self, figure: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """A figure of the weights, summed over each unit of each submodule."""
         return {
-            name: unit_sums(self.model, submodule.couplings, submodule.candidates.units, figure)
+            name: unit_sums(self.model, submodule.couplings, submodule.candidates.full, figure)
             for name, submodule in self.family.submodules(self.model).items()
         }
 
@@ -387,27 +390,27 @@ class Supernet(nn.Module):
         if not max(self.mask_ratio_range):
             logits = self.family.logits(self.model, self._features(embeddings))
             return logits, logits.new_zeros((), dtype=torch.float32)
-        patches, masked = draw_patches(embeddings, self.mask_ratio, max(self.mask_ratio_range))  # (B, K), (K,)
-        tokens = self._features(replace_patches(embeddings, patches, masked, self.mask_token))
-        drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(patches[..., None], 1)
-        patch_size = self.model.patch_embed.patch_size[0]
-        rebuilt = reconstruction_loss(self.decoder(drawn), images, patches, masked, patch_size)
+        areas, masked = draw_areas(len(images), self.area, self.mask_ratio, max(self.mask_ratio_range))  # (B, K), (K,)
+        tokens = self._features(replace_patches(embeddings, self.area, areas, masked, self.mask_token))
+        drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(areas[..., None], 1)
+        rebuilt = reconstruction_loss(self.decoder(drawn), images, areas, masked, self.area.pixels)
         return self.family.logits(self.model, tokens), rebuilt
 
     def _features(self, patches: Tensor) -> Tensor:
         masks = self._masks()
-        residual_mask = self._residual_mask(masks)
-        embed = self.bimasks["embed"]
-        norm_mask = None if residual_mask is None or embed.final else embed.sparsity().flatten()
-        return self.family.features(self.model, patches, masks, residual_mask, norm_mask)
+        residual_masks = self._residual_masks(masks)
+        open_widths = [width for width in residual_masks if not self.bimasks[width].final]
+        norm_masks = {width: self.bimasks[width].sparsity().flatten() for width in open_widths}
+        return self.family.features(self.model, patches, masks, residual_masks, norm_masks)
 
     def _masks(self) -> dict[str, Tensor]:
         if self.finished:
             return {name: bimask.mask(self.lam) for name, bimask in self.bimasks.items()}
         return {name: mask for stack in self.stacks.values() for name, mask in stack.masks(self.lam).items()}
 
-    def _residual_mask(self, masks: Mapping[str, Tensor]) -> Tensor | None:
-        return masks["embed"].flatten() if self.residual_mask == "stream" else None
+    def _residual_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """m (D,) of each residual width, with which the blocks' outputs are masked; empty where they are not."""
+        return {width: masks[width].flatten() for width in self.macs.widths} if self.residual_mask == "stream" else {}
 
     def _one_hot_loss(self) -> Tensor:
         penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
@@ -442,7 +445,7 @@ class Supernet(nn.Module):
         size_probability = bimask.sizes(bimask.alive)
         index, (heads, channels) = bimask.units_kept_by(alive)
         if (heads, channels) != bimask.candidates.full:
-            keep_units(self, self.couplings[name], index, bimask.candidates.units, optimizer)
+            keep_units(self, self.couplings[name], index, bimask.candidates.full, optimizer)
         bimask.keep_candidates(alive, self.lam, optimizer)
         attention = [b.candidates.full for n, b in self.bimasks.items() if n.startswith("attn")]
         self.family.sync_sizes(self.model, attention)
@@ -458,9 +461,11 @@ class Supernet(nn.Module):
     def _couplings(self, name: str, couplings: tuple[Coupling, ...]) -> list[Coupling]:
         """The model's couplings under their names here, plus the submodule's own score and scale, plus the decoder."""
         own = [Coupling(f"bimasks.{name}.score", 0), Coupling(f"bimasks.{name}.scale", 0)]
-        if name == "embed":
-            own += [Coupling("decoder.weight", 1), Coupling("mask_token", 2)]
-        return own + [Coupling(f"model.{c.parameter}", c.dim, c.repeats) for c in couplings]
+        if name == self.macs.widths[0]:
+            own.append(Coupling("mask_token", 2))
+        if name == self.macs.widths[-1]:
+            own.append(Coupling("decoder.weight", 1))
+        return own + [dataclasses.replace(c, parameter=f"model.{c.parameter}") for c in couplings]
 
     def _backend(self) -> AbstractContextManager:
         return nullcontext() if self.backend is None else use_backend(self.backend)

@@ -5,6 +5,7 @@ Submodules are "embed" (the residual width), "attn0", "attn1", … (heads × cha
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ofb.supernet.macs import Macs
+from ofb.supernet.masked_images import TokenArea
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates, attention_candidates, embed_candidates, mlp_candidates
 from ofb_kernels import masked_add_layer_norm, masked_layer_norm, masked_mlp, masked_qkv_attention
@@ -69,6 +71,17 @@ def macs(model: VisionTransformer) -> Macs:
     return Macs(("embed",), linear, products)
 
 
+def token_area(model: VisionTransformer) -> TokenArea:
+    """A patch."""
+    rows, columns = model.patch_embed.grid_size
+    return TokenArea(model.patch_embed.patch_size[0], rows, columns)
+
+
+def blocks(model: VisionTransformer) -> list[nn.Module]:
+    """All blocks, from the images on."""
+    return list(model.blocks)
+
+
 def patch_embeddings(model: VisionTransformer, images: Tensor) -> Tensor:
     """(B, patches, D), before mask tokens and position embedding."""
     return model.patch_embed(images)
@@ -78,8 +91,8 @@ def features(
     model: VisionTransformer,
     patches: Tensor,
     masks: Mapping[str, Tensor],
-    residual_mask: Tensor | None = None,
-    norm_mask: Tensor | None = None,
+    residual_masks: Mapping[str, Tensor] = MappingProxyType({}),
+    norm_masks: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """Tokens after the final norm (B, N, D), the network masked throughout.
 
@@ -87,9 +100,10 @@ def features(
         model: the timm model.
         patches: (B, patches, D) patch embeddings.
         masks: m of every submodule: (1, D) or (1, hidden), (H, d) for attention.
-        residual_mask: (D,), applied to every block's output into the residual stream; None leaves it.
-        norm_mask: (D,), V of the residual width, with which LayerNorm weighs channels; None for plain LayerNorm.
+        residual_masks: (D,) of the residual width, applied to every block's output into the stream; empty leaves it.
+        norm_masks: (D,), V of the residual width, with which LayerNorm weighs channels; empty for plain LayerNorm.
     """
+    residual_mask, norm_mask = residual_masks.get("embed"), norm_masks.get("embed")
     x = model._pos_embed(patches) * masks["embed"]
     blocks = list(model.blocks)
     normalized = _norm(blocks[0].norm1, x, norm_mask)
@@ -113,7 +127,7 @@ def patch_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fold(model: VisionTransformer, masks: Mapping[str, Tensor], residual_mask: Tensor | None) -> None:
+def fold(model: VisionTransformer, masks: Mapping[str, Tensor], residual_masks: Mapping[str, Tensor]) -> None:
     """Multiply final masks into the weights, in place: the plain forward pass then computes the masked function.
 
     timm's attention scales by (new head size)^−½, the supernet kept the old scale: the ratio goes into q.
@@ -130,9 +144,9 @@ def fold(model: VisionTransformer, masks: Mapping[str, Tensor], residual_mask: T
         qkv = torch.stack([attention * scale_ratio, attention, attention]).flatten()
         _scale_rows(block.attn.qkv, qkv)
         _scale_rows(block.mlp.fc1, mlp)
-        if residual_mask is not None:
-            _scale_rows(block.attn.proj, residual_mask)
-            _scale_rows(block.mlp.fc2, residual_mask)
+        if residual_masks:
+            _scale_rows(block.attn.proj, residual_masks["embed"])
+            _scale_rows(block.mlp.fc2, residual_masks["embed"])
 
 
 def sync_sizes(model: VisionTransformer, attention_sizes: list[tuple[int, int]]) -> None:
