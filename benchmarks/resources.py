@@ -74,6 +74,11 @@ def launch_masked_attention(dtype: torch.dtype) -> None:
         qkv, mask = meta(4, 197, 3, 6, head_dim, dtype=dtype), meta(6, head_dim)
         out, log_sum_exp = masked_attention.forward(qkv, mask, 0.125)
         masked_attention.backward(out, qkv, mask, out, log_sum_exp, 0.125)
+    for head_dim in (32, 64, 128):  # with a bias, on windows of 49 tokens
+        qkv, mask, bias = meta(64, 49, 3, 6, head_dim, dtype=dtype), meta(6, head_dim), meta(4, 6, 49, 49)
+        out, log_sum_exp = masked_attention.forward(qkv, mask, 0.125, bias)
+        masked_attention.backward(out, qkv, mask, out, log_sum_exp, 0.125, bias)
+        masked_attention.backward_bias(out, qkv, mask, out, log_sum_exp, 0.125, bias)
 
 
 def launch_masked_layer_norm(dtype: torch.dtype) -> None:

@@ -46,17 +46,19 @@ def masked_mlp(
     return F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
 
 
-def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
+def masked_attention(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """(q ⊙ m)(k ⊙ m)ᵀ = (q ⊙ m²) kᵀ and softmax(·)(v ⊙ m) = (softmax(·) v) ⊙ m: two products instead of three."""
     q, k, v = qkv.unbind(2)  # each (B, N, H, d)
-    attended = _attention((q * mask.square()).to(qkv.dtype), k, v, scale)
+    attended = _attention((q * mask.square()).to(qkv.dtype), k, v, scale, bias)
     return (attended * mask).to(qkv.dtype).flatten(2)
 
 
-def masked_qkv_attention(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float) -> Tensor:
+def masked_qkv_attention(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float, attention_bias: Tensor | None
+) -> Tensor:
     """The mask goes into the projection's weights: nothing is left of it in the attention."""
     qkv = masked_linear(x, weight, bias, mask.flatten().repeat(3), None)
-    return _attention(*qkv.unflatten(-1, (3, *mask.shape)).unbind(2), scale).flatten(2)
+    return _attention(*qkv.unflatten(-1, (3, *mask.shape)).unbind(2), scale, attention_bias).flatten(2)
 
 
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
@@ -85,11 +87,15 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     return torch.sub(images, mean, out=mean).mul_(variance.add_(eps).rsqrt_())
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v of (B, N, H, d) each. Transposed one by one: the backward then packs dq, dk and dv in one
-    copy, where a permutation of the packed tensor takes two."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """softmax(scale · q kᵀ + bias) v of (B, N, H, d) each. Transposed one by one: the backward then packs dq, dk and dv
+    in one copy, where a permutation of the packed tensor takes two."""
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        if len(bias) > 1:  # a copy for each sequence costs less than the copies of q, k and v that 5 dimensions take
+            bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
 class _MaskedLayerNorm(torch.autograd.Function):

@@ -74,16 +74,23 @@ def masked_mlp(
     return F.linear(masked_linear(x, fc1_weight, fc1_bias, mask, activation), fc2_weight, fc2_bias)
 
 
-def masked_attention(qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale) v with q, k and v each ⊙ mask; qkv (B, N, 3, H, d) → (B, N, H·d)."""
+def masked_attention(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """softmax(q kᵀ · scale + bias) v with q, k and v each ⊙ mask; qkv (B, N, 3, H, d) → (B, N, H·d).
+
+    bias (W, H, N, N) or None: sequence b has that of window b mod W.
+    """
     q, k, v = (qkv * mask.to(qkv.dtype)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-    attention = (q @ k.transpose(-2, -1) * scale).softmax(-1)
-    return (attention @ v).transpose(1, 2).flatten(2)
+    scores = q @ k.transpose(-2, -1) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype).repeat(len(scores) // len(bias), 1, 1, 1)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def masked_qkv_attention(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float) -> Tensor:
+def masked_qkv_attention(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float, attention_bias: Tensor | None
+) -> Tensor:
     """masked_attention of the projection x Wᵀ + b, which holds q, k and v one after the other."""
-    return masked_attention(F.linear(x, weight, bias).unflatten(-1, (3, *mask.shape)), mask, scale)
+    return masked_attention(F.linear(x, weight, bias).unflatten(-1, (3, *mask.shape)), mask, scale, attention_bias)
 
 
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:

@@ -23,3 +23,9 @@ def tiny_vit(name: str = "vit_tiny_patch16_224", **options) -> torch.nn.Module:
     """A small timm model of the named kind: 16 × 16 images, 16 patches."""
     sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5)
     return timm.create_model(name, **(sizes | options))
+
+
+def tiny_swin(**options) -> torch.nn.Module:
+    """A small Swin: 32 × 32 images, 8 × 8 patches, two stages with windows of 4 × 4, the second one shifted."""
+    sizes = dict(img_size=32, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5)
+    return timm.create_model("swin_tiny_patch4_window7_224", **(sizes | options))

@@ -28,6 +28,71 @@ def test_matches_float64(backend, dtype, tokens, head_dim, device):
     check_op(masked_attention, inputs, {}, backend, reduction=2 * tokens)
 
 
+def make_biased(batch, windows, tokens, heads, head_dim, dtype, device):
+    """With a bias for all sequences, or for each of some windows, where some keys are as good as hidden."""
+    bias = torch.randn(windows or 1, heads, tokens, tokens, device=device)
+    bias[:, :, : tokens // 2, : tokens // 3] -= 100
+    return make_inputs(batch, tokens, heads, head_dim, dtype, device) | {
+        "bias": (bias if windows else bias[0]).to(dtype)
+    }
+
+
+@pytest.mark.parametrize(("batch", "windows"), [(3, None), (4, 2)])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(49, 12), (3, 1)])
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_bias_matches_float64(backend, dtype, tokens, head_dim, batch, windows, device):
+    inputs = make_biased(batch, windows, tokens, 2, head_dim, dtype, device)
+    check_op(masked_attention, inputs, {}, backend, reduction=batch * tokens)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_in_another_dtype_and_any_strides(backend, device):
+    inputs = make_biased(4, 2, 9, 2, 8, torch.float16, device)
+    inputs["bias"] = torch.randn(9, 2, 9, 4, device=device).permute(3, 1, 0, 2)[::2]
+    check_op(masked_attention, inputs, {"scale": 0.3}, backend, reduction=36)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_keys_do_not_exist(backend, device):
+    """Keys under a bias of −∞ leave no trace, not even where a whole tile of them comes first."""
+    inputs = make_inputs(2, 80, 2, 8, torch.float32, device)
+    bias = torch.zeros(2, 80, 80, device=device)
+    bias[:, :, :70] = -torch.inf
+    out = masked_attention(**inputs, bias=bias, backend=backend)
+    q, k, v = (inputs["qkv"] * inputs["mask"]).unbind(2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k[:, 70:]) * 8**-0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, 70:]).flatten(2)
+    torch.testing.assert_close(out, expected)
+    leaves = [each.clone().requires_grad_() for each in (*inputs.values(), bias)]
+    masked_attention(*leaves[:2], bias=leaves[2], backend=backend).square().sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    assert (leaves[2].grad[:, :, :70] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_gradcheck(backend, device):
+    if backend == "triton" and device == "cuda":
+        pytest.skip("the kernels take no float64 on a GPU")
+    inputs = [t.requires_grad_() for t in make_biased(4, 2, 3, 2, 2, torch.float64, device).values()]
+    assert gradcheck(lambda qkv, mask, bias: masked_attention(qkv, mask, bias=bias, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_compiles_to_one_graph_and_repeats_its_bits(backend, device):
+    inputs = [t.requires_grad_() for t in make_biased(4, 2, 20, 2, 6, torch.float32, device).values()]
+
+    def function(qkv, mask, bias):
+        return masked_attention(qkv, mask, bias=bias, backend=backend)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = [(out := run(*inputs), *torch.autograd.grad(out.square().sum(), inputs)) for run in (function,) * 2]
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+    out = compiled(*inputs)
+    got = (out, *torch.autograd.grad(out.square().sum(), inputs))
+    for one, other in zip(got, results[0], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("head_dim", range(16, 129, 8))
 def test_every_head_dim_a_search_can_reach(head_dim, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
@@ -150,11 +215,14 @@ def test_compiles_to_one_graph(backend, device):
 
 def test_opcheck(device):
     inputs = {n: t.requires_grad_() for n, t in make_inputs(2, 5, 2, 6, torch.float32, device).items()}
-    torch.library.opcheck(torch.ops.ofb_kernels.masked_attention.default, (inputs["qkv"], inputs["mask"], 0.3))
-    qkv, mask = inputs["qkv"].detach(), inputs["mask"].detach()
-    out, log_sum_exp = torch.ops.ofb_kernels.masked_attention(qkv, mask, 0.3)
-    arguments = (torch.randn_like(out), qkv, mask, out, log_sum_exp, 0.3)
-    torch.library.opcheck(torch.ops.ofb_kernels.masked_attention_backward.default, arguments)
+    ops, qkv, mask = torch.ops.ofb_kernels, inputs["qkv"].detach(), inputs["mask"].detach()
+    for bias in (None, torch.randn(2, 2, 5, 5, device=device)):
+        leaf = bias if bias is None else bias.clone().requires_grad_()
+        torch.library.opcheck(ops.masked_attention.default, (inputs["qkv"], inputs["mask"], 0.3, leaf))
+        out, log_sum_exp = ops.masked_attention(qkv, mask, 0.3, bias)
+        arguments = (torch.randn_like(out), qkv, mask, out, log_sum_exp, 0.3, bias)
+        torch.library.opcheck(ops.masked_attention_backward.default, arguments)
+    torch.library.opcheck(ops.masked_attention_backward_bias.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +235,13 @@ def test_opcheck(device):
         ({"mask": torch.rand(2, 6, device="meta")}, ValueError, "got mask on meta"),
         ({"mask": 1.0}, TypeError, "expected mask as a torch.Tensor, got float"),
         ({"scale": "0.1"}, TypeError, "expected scale as a float or None, got str"),
+        ({"bias": torch.rand(2, 5, 4)}, ValueError, r"expected bias of shape \(W, 2, 5, 5\), got \(1, 2, 5, 4\)"),
+        (
+            {"bias": torch.rand(3, 2, 5, 5)},
+            ValueError,
+            "expected bias for W windows that divide the batch of 2, got W = 3",
+        ),
+        ({"bias": torch.ones(2, 5, 5).long()}, TypeError, "expected bias as a floating-point tensor"),
         ({"backend": "cuda"}, ValueError, "expected one of reference, eager, triton, got 'cuda'"),
     ],
 )
@@ -194,6 +269,18 @@ def test_with_the_projection_inside(backend, dtype, bias, device):
     }
     inputs = {name: tensor.to(dtype) for name, tensor in inputs.items() if bias or name != "bias"}
     check_op(masked_qkv_attention, inputs, {} if bias else {"bias": None}, backend, reduction=2 * 19)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windowed_with_the_projection_inside(backend, device):
+    inputs = {
+        "x": torch.randn(4, 19, 20, device=device),
+        "weight": torch.randn(3 * 2 * 12, 20, device=device) / 20**0.5,
+        "bias": torch.randn(3 * 2 * 12, device=device),
+        "mask": torch.rand(2, 12, device=device),
+        "attention_bias": torch.randn(2, 2, 19, 19, device=device),
+    }
+    check_op(masked_qkv_attention, inputs, {}, backend, reduction=4 * 19)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -22,6 +22,7 @@ PRODUCT_KERNELS = {
     "masked_attention._forward_kernel",
     "masked_attention._backward_query_kernel",
     "masked_attention._backward_key_value_kernel",
+    "masked_attention._backward_bias_kernel",
 }
 
 

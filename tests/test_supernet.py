@@ -30,15 +30,16 @@ def make_supernet(
     return Supernet(model, **({"target": "50%", "epochs": 4, "steps_per_epoch": 6} | whole_method | options))
 
 
-def make_batch(device="cpu", dtype=torch.float32, size=8):
-    return torch.randn(size, 3, 16, 16, device=device, dtype=dtype), torch.randint(0, 5, (size,), device=device)
+def make_batch(device="cpu", dtype=torch.float32, size=8, pixels=16):
+    return torch.randn(size, 3, pixels, pixels, device=device, dtype=dtype), torch.randint(0, 5, (size,), device=device)
 
 
-def train(supernet, steps, architecture_lr=0.1, seed=0):
+def train(supernet, steps, architecture_lr=0.1, seed=0, pixels=16):
     optimizer = torch.optim.AdamW(supernet.parameter_groups(architecture_lr=architecture_lr), lr=1e-3)
+    like = next(supernet.model.parameters())
     torch.manual_seed(seed)
     for _ in range(steps):
-        loss = supernet.loss(*make_batch(next(supernet.parameters()).device, supernet.mask_token.dtype))
+        loss = supernet.loss(*make_batch(like.device, like.dtype, pixels=pixels))
         loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -233,7 +234,7 @@ def test_step_agrees_with_the_float64_reference(backend, residual_mask, device, 
     def run(network, dtype):
         torch.manual_seed(0)
         patches, masked = torch.rand(8, 16, device=device).argsort(1)[:, :4], torch.arange(4, device=device) < 3
-        monkeypatch.setattr("ofb.supernet.supernet.draw_areas", lambda *_: (patches, masked))
+        monkeypatch.setattr("ofb.supernet.masked_images.draw_areas", lambda *_: (patches, masked))
         losses = network.loss(images.to(dtype), targets)
         losses.total.backward()
         return losses, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -259,13 +260,14 @@ def test_reconstruction_compares_each_patch_with_its_own_pixels(monkeypatch):
     supernet = make_supernet().eval()
     images, targets = make_batch()
     supernet.mask_ratio.fill_(0.2)
-    patches, masked = draw_areas(8, supernet.area, supernet.mask_ratio, 0.25)
-    monkeypatch.setattr("ofb.supernet.supernet.draw_areas", lambda *_: (patches, masked))
+    area, mask_token = supernet.masked_images.area, supernet.masked_images.mask_token
+    patches, masked = draw_areas(8, area, supernet.mask_ratio, 0.25)
+    monkeypatch.setattr("ofb.supernet.masked_images.draw_areas", lambda *_: (patches, masked))
     loss = supernet.loss(images, targets).reconstruction
 
     embeddings = supernet.model.patch_embed(images)
-    tokens = supernet._features(replace_patches(embeddings, supernet.area, patches, masked, supernet.mask_token))
-    decoded = supernet.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
+    tokens = supernet._features(replace_patches(embeddings, area, patches, masked, mask_token))
+    decoded = supernet.masked_images.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
     picture = torch.nn.functional.pixel_shuffle(decoded.mT.unflatten(2, (4, 4)), 4)
     counts = torch.zeros(8, 16, dtype=torch.bool).scatter(1, patches, masked.expand(8, -1)).view(8, 4, 4)
     pixels = counts.repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -310,7 +312,7 @@ def test_after_the_search_the_loss_is_classification_alone():
     assert losses.one_hot == losses.macs == losses.reconstruction == 0
     losses.total.backward()
     assert supernet.bimasks["embed"].scale.grad is not None
-    assert supernet.decoder.weight.grad is None
+    assert supernet.masked_images.decoder.weight.grad is None
 
 
 def test_mixup_targets():
@@ -335,7 +337,7 @@ def test_parameter_groups():
     assert (architecture["betas"], architecture["lr"], architecture["weight_decay"]) == ((0.5, 0.999), 0.5, 0.0)
     assert {names[p] for p in score["params"]} == {f"bimasks.{n}.score" for n in supernet.bimasks}
     assert (score["lr"], score["weight_decay"]) == (0.3, 0.0)
-    assert {"model.cls_token", "model.pos_embed", "mask_token", "bimasks.embed.scale"} <= {
+    assert {"model.cls_token", "model.pos_embed", "masked_images.mask_token", "bimasks.embed.scale"} <= {
         names[p] for p in no_decay["params"]
     }
     assert all(p.dim() >= 2 for p in decay["params"])
@@ -462,7 +464,7 @@ def test_without_masked_image_modelling():
     images, targets = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
     losses = supernet.loss(images, targets)
     losses.total.backward()
-    assert losses.reconstruction == 0 and supernet.mask_token.grad is None
+    assert losses.reconstruction == 0 and supernet.masked_images is None
     expected = F.cross_entropy(supernet(images), targets, label_smoothing=0.1)
     torch.testing.assert_close(losses.classification, expected)
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofb_kernels import local_norm
 
@@ -34,6 +34,34 @@ class TokenArea:
         rows = row[..., None] * self.patches + side  # (B, K, patches)
         columns = column[..., None] * self.patches + side
         return (rows[..., :, None] * self.patches * self.columns + columns[..., None, :]).flatten(2)
+
+
+class MaskedImages(nn.Module):
+    """Hides areas of the images under a mask token and rebuilds their pixels from the network's last tokens.
+
+    Args:
+        area: of the network.
+        in_chans: channels of the images.
+        first, last: residual widths, of the patch embeddings and of the last tokens.
+        most: the largest share of areas that is ever hidden.
+    """
+
+    def __init__(self, area: TokenArea, in_chans: int, first: int, last: int, most: float, **like) -> None:
+        super().__init__()
+        self.area, self.most = area, most
+        self.decoder = nn.Linear(last, in_chans * area.pixels**2, **like)  # the paper's 1 × 1 convolution
+        self.mask_token = nn.Parameter(torch.empty(1, 1, first, **like))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def hide(self, embeddings: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (B, patches, D) with a share `ratio` of the areas hidden; `draw_areas` on which ones."""
+        areas, masked = draw_areas(len(embeddings), self.area, ratio, self.most)
+        return replace_patches(embeddings, self.area, areas, masked, self.mask_token), areas, masked
+
+    def loss(self, tokens: Tensor, images: Tensor, areas: Tensor, masked: Tensor) -> Tensor:
+        """Loss of rebuilding the hidden areas of images (B, C, H, W) from the last tokens (B, areas, D), 0-d."""
+        drawn = tokens.take_along_dim(areas[..., None], 1)
+        return reconstruction_loss(self.decoder(drawn), images, areas, masked, self.area.pixels)
 
 
 def draw_areas(images: int, area: TokenArea, ratio: Tensor, most: float) -> tuple[Tensor, Tensor]:

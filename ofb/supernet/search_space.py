@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 Size = tuple[int, int]  # heads, channels of each
 
 

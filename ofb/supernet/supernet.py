@@ -17,7 +17,7 @@ from ofb.supernet.budget import check_targets, parse_target, reachable
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.losses import Criterion, macs_loss
 from ofb.supernet.macs import expected_macs
-from ofb.supernet.masked_images import draw_areas, reconstruction_loss, replace_patches
+from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.stack import Stack
@@ -156,11 +156,10 @@ class Supernet(nn.Module):
             for name, importance in self._unit_sums(squared_weight).items():
                 self.bimasks[name].rank_scores_by(importance)
         first, last = (submodules[width].candidates.units for width in (self.macs.widths[0], self.macs.widths[-1]))
-        self.area = self.family.token_area(model)
-        pixels = model.patch_embed.proj.in_channels * self.area.pixels**2
-        self.decoder = nn.Linear(last, pixels, **like)  # of each token: the paper's 1 × 1 convolution
-        self.mask_token = nn.Parameter(torch.empty(1, 1, first, **like))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.masked_images = None
+        if max(self.mask_ratio_range):
+            area, in_chans = self.family.token_area(model), model.patch_embed.proj.in_channels
+            self.masked_images = MaskedImages(area, in_chans, first, last, max(self.mask_ratio_range), **like)
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
         self.register_buffer("mask_ratio", torch.zeros((), **like), persistent=False)
@@ -387,13 +386,12 @@ class Supernet(nn.Module):
     def _logits_and_reconstruction(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
         embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
-        if not max(self.mask_ratio_range):
+        if self.masked_images is None:
             logits = self.family.logits(self.model, self._features(embeddings))
             return logits, logits.new_zeros((), dtype=torch.float32)
-        areas, masked = draw_areas(len(images), self.area, self.mask_ratio, max(self.mask_ratio_range))  # (B, K), (K,)
-        tokens = self._features(replace_patches(embeddings, self.area, areas, masked, self.mask_token))
-        drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(areas[..., None], 1)
-        rebuilt = reconstruction_loss(self.decoder(drawn), images, areas, masked, self.area.pixels)
+        embeddings, areas, masked = self.masked_images.hide(embeddings, self.mask_ratio)
+        tokens = self._features(embeddings)
+        rebuilt = self.masked_images.loss(self.family.patch_tokens(self.model, tokens), images, areas, masked)
         return self.family.logits(self.model, tokens), rebuilt
 
     def _features(self, patches: Tensor) -> Tensor:
@@ -449,7 +447,8 @@ class Supernet(nn.Module):
         bimask.keep_candidates(alive, self.lam, optimizer)
         attention = [b.candidates.full for n, b in self.bimasks.items() if n.startswith("attn")]
         self.family.sync_sizes(self.model, attention)
-        self.decoder.in_features = self.decoder.weight.shape[1]
+        if self.masked_images is not None:
+            self.masked_images.decoder.in_features = self.masked_images.decoder.weight.shape[1]
         self._build_stacks()
         if bimask.final and how is not None:
             size = [heads, channels] if name.startswith("attn") else channels
@@ -459,12 +458,12 @@ class Supernet(nn.Module):
             )
 
     def _couplings(self, name: str, couplings: tuple[Coupling, ...]) -> list[Coupling]:
-        """The model's couplings under their names here, plus the submodule's own score and scale, plus the decoder."""
+        """The model's couplings under their names here, plus what here has the submodule's units."""
         own = [Coupling(f"bimasks.{name}.score", 0), Coupling(f"bimasks.{name}.scale", 0)]
-        if name == self.macs.widths[0]:
-            own.append(Coupling("mask_token", 2))
-        if name == self.macs.widths[-1]:
-            own.append(Coupling("decoder.weight", 1))
+        if self.masked_images is not None and name == self.macs.widths[0]:
+            own.append(Coupling("masked_images.mask_token", 2))
+        if self.masked_images is not None and name == self.macs.widths[-1]:
+            own.append(Coupling("masked_images.decoder.weight", 1))
         return own + [dataclasses.replace(c, parameter=f"model.{c.parameter}") for c in couplings]
 
     def _backend(self) -> AbstractContextManager:

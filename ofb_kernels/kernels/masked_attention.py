@@ -1,17 +1,23 @@
 """Masked attention on packed qkv, each of q, k and v under the same mask, without a copy of any of them.
 
-Forward:   s = scale · (q ⊙ m)(k ⊙ m)ᵀ,   p = softmax(s),   o = p (v ⊙ m)
+Forward:   s = scale · (q ⊙ m)(k ⊙ m)ᵀ + b,   p = softmax(s),   o = p (v ⊙ m)
 Backward:  dp = do (v ⊙ m)ᵀ,   delta = Σ_d do ⊙ o,   ds = p ⊙ (dp − delta)
            dq = scale · (ds k) ⊙ m²,   dk = scale · (dsᵀ q) ⊙ m²,   dv = (pᵀ do) ⊙ m
-           dm = 2 · scale · m ⊙ Σ_rows q ⊙ (ds k) + Σ_rows v ⊙ (pᵀ do)
+           dm = 2 · scale · m ⊙ Σ_rows q ⊙ (ds k) + Σ_rows v ⊙ (pᵀ do),   db = Σ_sequences ds
 The two ways by which m reaches the scores, through q and through k, have equal gradients, hence the 2.
 
 Since (q ⊙ m)(k ⊙ m)ᵀ = (q ⊙ m²) kᵀ and p (v ⊙ m) = (p v) ⊙ m, the mask is multiplied into the operand that stays on
 chip or into the result; those that stream past go from memory to the tensor cores as they are. Scores are in base 2,
 p = 2^(s − lse): log₂ e goes with the scale into the operand that stays.
 
-Queries and keys past the last token are loaded as zeros. The mask's gradient is kept per program in float32 and added
-up by one reduction: no atomics, the same bits every time.
+The bias b is optional. It is (W, H, N, N), and sequence i has that of window i mod W. Its gradient has a kernel of its
+own, for those who need it: a program computes the scores of one tile once more, in all sequences of its chunk, and
+keeps their sum on chip. That reads q, k, v, do and o again, 5·N·d numbers for a head of a sequence, where writing ds
+and adding it up would move 2·N²: more for Swin's windows (7,840 against 4,802), less for whole images (63,040 against
+77,618 in DeiT), and no memory is held for it.
+
+Queries and keys past the last token are loaded as zeros. Gradients of mask and bias are kept per program in float32
+and added up by one reduction: no atomics, the same bits every time.
 """
 
 from collections.abc import Callable
@@ -25,6 +31,7 @@ from ofb_kernels.kernels.common import accumulator_dtype, dot_precision, on_devi
 from ofb_kernels.kernels.tuning import Result, run_configured
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-3e38)  # close to the smallest float32
 
 # Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps and pipeline stages, for each element size in bytes (8:
 # interpreted only) and padded head width; the default first. In float32 a product takes no tensor cores and its tiles
@@ -65,43 +72,69 @@ BACKWARD_KEY_VALUE_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
         dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
     ),
 }
+# With a bias; not measured yet. Its tile takes registers: the others would spill on sm_80.
+BIASED_CONFIGURATIONS = {
+    (2, 64): (dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),),
+    (2, 128): (dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),),
+    (4, 64): (dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),),
+    (4, 128): (dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),),
+    (8, 64): (dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),),
+    (8, 128): (dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),),
+}
+BIASED_KEY_VALUE_CONFIGURATIONS = BIASED_CONFIGURATIONS | {
+    (2, 64): (dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),),
+    (2, 128): (dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),),
+}
+BIAS_PROGRAMS = 1024  # at least so many where there are as many sequences: enough for every multiprocessor
 
 
-def forward(qkv: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, N, H·d) and log₂ Σ_keys 2^s (B, H, N) in accumulator precision; qkv (B, N, 3, H, d), mask (H, d)."""
+def forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, N, H·d) and log₂ Σ_keys 2^s (B, H, N) in accumulator precision.
+
+    qkv (B, N, 3, H, d), mask (H, d), bias (W, H, N, N).
+    """
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     log_sum_exp = qkv.new_empty((batch, heads, tokens), dtype=torch.promote_types(qkv.dtype, torch.float32))
-    mask = mask.contiguous()
+    mask, bias, windows = mask.contiguous(), *_dense(bias)
 
     def launch(configuration: dict) -> None:
         _forward_kernel[(batch * heads * triton.cdiv(tokens, configuration["BLOCK_M"]),)](
-            qkv, mask, out, log_sum_exp,
-            tokens, heads, *qkv.stride(),
+            qkv, mask, bias, out, log_sum_exp,
+            tokens, heads, windows, *qkv.stride(),
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], SCALE=scale, **_constants(qkv), **configuration,
         )  # fmt: skip
 
     if qkv.numel() > 0:
-        _run("forward", FORWARD_CONFIGURATIONS, qkv, launch)
+        if bias is None:
+            _run("forward", FORWARD_CONFIGURATIONS, qkv, launch)
+        else:
+            _run("biased_forward", BIASED_CONFIGURATIONS, qkv, launch)
     return out, log_sum_exp
 
 
 def backward(
-    grad_out: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+    grad_out: Tensor,
+    qkv: Tensor,
+    mask: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """grad_qkv, packed and contiguous, in qkv's dtype, and grad_mask (H, d) in accumulator precision."""
     batch, tokens, _, heads, head_dim = qkv.shape
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sum_exp)
-    sizes = (tokens, heads, *qkv.stride(), *grad_out.stride())
+    mask, bias, windows = mask.contiguous(), *_dense(bias)
+    sizes = (tokens, heads, windows, *qkv.stride(), *grad_out.stride())
     constants = dict(SCALE=scale, **_constants(qkv))
-    mask = mask.contiguous()
 
     def launch_query(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
         partial = delta.new_empty(batch, heads, tiles, head_dim)
         _backward_query_kernel[(batch * heads * tiles,)](
-            grad_out, qkv, mask, out, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
+            grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
         )
         return partial.sum((0, 2))
 
@@ -109,14 +142,50 @@ def backward(
         tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
         partial = delta.new_empty(batch, heads, tiles, head_dim)
         _backward_key_value_kernel[(batch * heads * tiles,)](
-            grad_out, qkv, mask, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
+            grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
         )
         return partial.sum((0, 2))
 
     if qkv.numel() == 0:
         return grad_qkv, delta.new_zeros(heads, head_dim)
-    grad_mask = _run("backward_query", BACKWARD_QUERY_CONFIGURATIONS, qkv, launch_query)
-    return grad_qkv, grad_mask + _run("backward_key_value", BACKWARD_KEY_VALUE_CONFIGURATIONS, qkv, launch_key_value)
+    if bias is None:
+        grad_mask = _run("backward_query", BACKWARD_QUERY_CONFIGURATIONS, qkv, launch_query)
+        return grad_qkv, grad_mask + _run(
+            "backward_key_value", BACKWARD_KEY_VALUE_CONFIGURATIONS, qkv, launch_key_value
+        )
+    grad_mask = _run("biased_backward_query", BIASED_CONFIGURATIONS, qkv, launch_query)
+    return grad_qkv, grad_mask + _run(
+        "biased_backward_key_value", BIASED_KEY_VALUE_CONFIGURATIONS, qkv, launch_key_value
+    )
+
+
+def backward_bias(
+    grad_out: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float, bias: Tensor
+) -> Tensor:
+    """grad_bias (W, H, N, N) in accumulator precision."""
+    batch, tokens, _, heads, _ = qkv.shape
+    mask, bias, windows = mask.contiguous(), *_dense(bias)
+    sizes = (batch // windows, tokens, heads, windows, *qkv.stride(), *grad_out.stride())
+
+    def launch(configuration: dict) -> Tensor:
+        tiles = triton.cdiv(tokens, configuration["BLOCK_M"]) * triton.cdiv(tokens, configuration["BLOCK_N"])
+        tiles_of_bias = windows * heads * tiles
+        chunks = min(batch // windows, triton.cdiv(BIAS_PROGRAMS, tiles_of_bias))
+        partial = bias.new_empty((chunks, *bias.shape), dtype=log_sum_exp.dtype)
+        _backward_bias_kernel[(tiles_of_bias * chunks,)](
+            grad_out, qkv, mask, bias, out, log_sum_exp, partial, *sizes, chunks,
+            SCALE=scale, **_constants(qkv), **configuration,
+        )  # fmt: skip
+        return partial.sum(0)
+
+    if qkv.numel() == 0:
+        return bias.new_zeros(bias.shape, dtype=log_sum_exp.dtype)
+    return _run("backward_bias", BIASED_CONFIGURATIONS, qkv, launch)
+
+
+def _dense(bias: Tensor | None) -> tuple[Tensor | None, int]:
+    """The bias as one block of memory, and its windows."""
+    return (None, 1) if bias is None else (bias.contiguous(), len(bias))
 
 
 def _run(kernel: str, configurations: dict, qkv: Tensor, launch: Callable[[dict], Result]) -> Result:
@@ -138,8 +207,8 @@ def _constants(qkv: Tensor) -> dict:
 
 @triton.jit
 def _forward_kernel(
-    qkv_ptr, mask_ptr, out_ptr, log_sum_exp_ptr,
-    tokens, heads,
+    qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr,
+    tokens, heads, windows,
     stride_b, stride_n, stride_part, stride_h, stride_d,
     WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -153,10 +222,12 @@ def _forward_kernel(
     mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
     scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
+    if bias_ptr is not None:
+        bias_ptr += (batch % windows * heads + head) * tokens * tokens
 
     if WHOLE_ROW:
         scores, v = _scores_and_v(
-            scaled_q, qkv_ptr, 0, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
+            scaled_q, qkv_ptr, bias_ptr, offsets_m, 0, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
             ACCUMULATOR, PRECISION, BLOCK_N,
         )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
         row_max = tl.max(scores, 1)
@@ -169,11 +240,13 @@ def _forward_kernel(
         attended = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
         for start_n in range(0, tokens, BLOCK_N):
             scores, v = _scores_and_v(
-                scaled_q, qkv_ptr, start_n, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
-                ACCUMULATOR, PRECISION, BLOCK_N,
+                scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+                stride_n, stride_part, stride_d, ACCUMULATOR, PRECISION, BLOCK_N,
             )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
             # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
+            if bias_ptr is not None:  # it may have hidden all keys so far: −∞ − −∞ is no number
+                new_max = tl.maximum(new_max, _LOWEST)
             shrink = tl.exp2(row_max - new_max)
             p = tl.exp2(scores - new_max[:, None])
             row_sum = row_sum * shrink + tl.sum(p, 1)
@@ -191,8 +264,8 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_query_kernel(
-    grad_out_ptr, qkv_ptr, mask_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
-    tokens, heads,
+    grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    tokens, heads, windows,
     stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -217,6 +290,8 @@ def _backward_query_kernel(
     tl.store(delta_ptr + rows, delta, mask=in_queries)
     masked_grad_out = (grad_out * mask[None, :]).to(q.dtype)
     log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=in_queries, other=0.0)
+    if bias_ptr is not None:
+        bias_ptr += (batch % windows * heads + head) * tokens * tokens
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
     for start_n in range(0, tokens, BLOCK_N):
@@ -225,6 +300,8 @@ def _backward_query_kernel(
         k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
         v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
         scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        if bias_ptr is not None:
+            scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
         p = tl.exp2(tl.where(in_keys[None, :], scores, float("-inf")) - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
         grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
         # ds = p ⊙ (dp − delta), dq = scale · (ds k) ⊙ m²
@@ -242,8 +319,8 @@ def _backward_query_kernel(
 
 @triton.jit
 def _backward_key_value_kernel(
-    grad_out_ptr, qkv_ptr, mask_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
-    tokens, heads,
+    grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    tokens, heads, windows,
     stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -261,6 +338,8 @@ def _backward_key_value_kernel(
     v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     scaled_k = (k.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(k.dtype)  # (BLOCK_N, BLOCK_D)
     masked_v = (v.to(ACCUMULATOR) * mask[None, :]).to(v.dtype)  # (BLOCK_N, BLOCK_D)
+    if bias_ptr is not None:
+        bias_ptr += (batch % windows * heads + head) * tokens * tokens
 
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
     grad_masked_v = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
@@ -273,6 +352,8 @@ def _backward_key_value_kernel(
         log_sum_exp = tl.load(log_sum_exp_ptr + first_row + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
         delta = tl.load(delta_ptr + first_row + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
         scores = tl.dot(scaled_k, tl.trans(q), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        if bias_ptr is not None:
+            scores += _load_bias(bias_ptr, offsets_m[None, :], offsets_n[:, None], tokens, ACCUMULATOR)
         p = tl.exp2(scores - log_sum_exp[None, :])  # (BLOCK_N, BLOCK_M)
         # d(v ⊙ m) = pᵀ do
         grad_masked_v = tl.dot(p.to(q.dtype), grad_out, grad_masked_v, input_precision=PRECISION, out_dtype=ACCUMULATOR)
@@ -292,8 +373,57 @@ def _backward_key_value_kernel(
 
 
 @triton.jit
+def _backward_bias_kernel(
+    grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, partial_ptr,
+    sequences, tokens, heads, windows,
+    stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
+    chunks,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: Σ ds of BLOCK_M queries and BLOCK_N keys of one head, over a chunk of the window's sequences."""
+    tile, head, window_of_chunk = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M, BLOCK_N)
+    window, chunk = window_of_chunk % windows, window_of_chunk // windows
+    tiles_n = tl.cdiv(tokens, BLOCK_N)
+    offsets_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_queries, in_keys, in_head = offsets_m < tokens, offsets_n < tokens, offsets_d < HEAD_DIM
+    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
+    bias_offset = (window * heads + head) * tokens * tokens
+    bias = _load_bias(bias_ptr + bias_offset, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
+    bias = tl.where(in_keys[None, :], bias, float("-inf"))
+
+    grad_bias = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    for sequence in range(chunk, sequences, chunks):
+        batch = sequence * windows + window
+        head_ptr = qkv_ptr + batch * stride_b + head * stride_h
+        grad_out_head_ptr = grad_out_ptr + batch * stride_gb + head * HEAD_DIM * stride_gd
+        out_head_ptr = out_ptr + (batch * tokens * heads + head) * HEAD_DIM
+        q = _load_rows(head_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
+        k = _load_rows(head_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        v = _load_rows(head_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        grad_out = _load_rows(grad_out_head_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
+        out = _load_rows(out_head_ptr, offsets_m, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
+        rows = (batch * heads + head) * tokens + offsets_m
+        log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=in_queries, other=0.0)  # (BLOCK_M,)
+        grad_out = grad_out.to(ACCUMULATOR)
+        delta = tl.sum(grad_out * out.to(ACCUMULATOR), 1)  # (BLOCK_M,)
+        scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
+        masked_grad_out = (grad_out * mask[None, :]).to(q.dtype)
+        scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR) + bias
+        p = tl.exp2(scores - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
+        grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        # ds = p ⊙ (dp − delta)
+        grad_bias += p * (grad_p - delta[:, None])
+
+    offsets = chunk * windows * heads * tokens * tokens + bias_offset + offsets_m[:, None] * tokens + offsets_n[None, :]
+    tl.store(partial_ptr + offsets, grad_bias, mask=in_queries[:, None] & in_keys[None, :])
+
+
+@triton.jit
 def _scores_and_v(
-    scaled_q, qkv_ptr, start_n, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
+    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of keys, −∞ past the last key, and the tile's values."""
@@ -302,13 +432,27 @@ def _scores_and_v(
     k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    if bias_ptr is not None:
+        scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
     return tl.where(in_keys[None, :], scores, float("-inf")), v
 
 
 @triton.jit
-def _tile_of_head(program, tokens, heads, BLOCK: tl.constexpr):
-    """Tile of tokens, head and image of a program; int64, for offsets. All tiles of a head run side by side."""
+def _load_bias(ptr, offsets_m, offsets_n, tokens, ACCUMULATOR: tl.constexpr):
+    """The bias of a tile of scores, in base 2, zero outside; either of queries and keys may stand in rows."""
+    inside = (offsets_m < tokens) & (offsets_n < tokens)
+    return tl.load(ptr + offsets_m * tokens + offsets_n, mask=inside, other=0.0).to(ACCUMULATOR) * _LOG2_E
+
+
+@triton.jit
+def _tile_of_head(program, tokens, heads, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr = None):
+    """Tile, head and image of a program; int64, for offsets. All tiles of a head run side by side.
+
+    A tile is one of tokens, or with another block size one of tokens × tokens.
+    """
     tiles = tl.cdiv(tokens, BLOCK)
+    if OTHER_BLOCK is not None:
+        tiles *= tl.cdiv(tokens, OTHER_BLOCK)
     head_of_batch = (program // tiles).to(tl.int64)
     return program % tiles, head_of_batch % heads, head_of_batch // heads
 

@@ -2,11 +2,12 @@
 
 from types import ModuleType
 
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from ofb.supernet.families import vit
+from ofb.supernet.families import swin, vit
 
-FAMILIES = {vit.NAME: vit}
+FAMILIES = {vit.NAME: vit, swin.NAME: swin}
 
 
 def family_of(model: nn.Module) -> ModuleType:
@@ -15,8 +16,9 @@ def family_of(model: nn.Module) -> ModuleType:
     Raises:
         ValueError: no family can search it; the message says why.
     """
-    vit.check(model)
-    return vit
+    family = swin if isinstance(model, SwinTransformer) else vit
+    family.check(model)
+    return family
 
 
 def describe(model: nn.Module) -> dict:
