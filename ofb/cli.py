@@ -105,10 +105,11 @@ def run_search(config: SearchConfig) -> None:
     dense = _starting_model(config)
     loaders = create_loaders(config, dense, pick_device(config))
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
-    if config.checkpoint is None and not config.pretrained:
+    is_trained = config.checkpoint is not None or config.pretrained
+    if not is_trained:
         print("note: neither --checkpoint nor --pretrained is given: the search starts from random weights")
     with _run("search", config):
-        teacher, export = _teacher(config, dense, dense), Path(config.output) / EXPORT_FOLDER
+        teacher, export = _teacher(config, dense, dense if is_trained else None), Path(config.output) / EXPORT_FOLDER
         found = ofb.search_targets(supernet, loaders.train, loaders.val, config, teacher=teacher)
         for target, network in found.items():
             ofb.save(network, export if config.targets is None else export / target)
@@ -180,9 +181,11 @@ def _starting_model(config: TrainingConfig) -> nn.Module:
 
 
 def _teacher(config: TrainingConfig, model: nn.Module, default: nn.Module | None) -> nn.Module | None:
-    """The network to distil from; None where the config does not distil, or there is none."""
-    if config.distillation is None or config.teacher is None:
-        return None if config.distillation is None else default
+    """The network to distil from, `default` where none is named; None where the config does not distil."""
+    if config.distillation is None:
+        return None
+    if config.teacher is None:
+        return default
     folder = _network_folder(config.teacher)
     return ofb.load(folder) if folder.is_dir() else create_teacher(config, model)
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import ofb
 from ofb.cli import main
@@ -49,15 +50,32 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert (tmp_path / "model.onnx").stat().st_size > 1000
 
 
-def test_several_targets_distilled_from_the_dense_network(dense_run, tmp_path, capsys):
+def test_several_targets(dense_run, tmp_path, capsys):
     folder = tmp_path / "search"
-    more = ("--checkpoint", dense_run, "--targets", "60%,40%", "--distillation", "soft", "--output", str(folder))
+    more = ("--checkpoint", dense_run, "--targets", "60%,40%", "--output", str(folder))
     assert run(SEARCH, *more) == 0
     shown = capsys.readouterr().out
     assert "finetune-60% 1/1" in shown and "finetune-40% 1/1" in shown
     assert {path.name for path in (folder / "export").iterdir()} == {"60%", "40%"}
     macs = {target: count_macs(ofb.load(folder / "export" / target)) for target in ("60%", "40%")}
     assert macs["60%"] > macs["40%"]
+
+
+def test_a_search_learns_from_the_trained_network_it_starts_from(dense_run, tmp_path, monkeypatch):
+    teachers = []
+
+    def search_targets(*loaders, teacher, **_):
+        teachers.append(teacher)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(ofb, "search_targets", search_targets)
+    start = ("--checkpoint", dense_run)
+    for i, options in enumerate([start, (*start, "--distillation", "None"), tuple(MODEL.split())]):
+        assert run(SEARCH, *options, "--output", str(tmp_path / str(i))) == 2
+    taught, *untaught = teachers
+    assert untaught == [None, None]  # distillation is off, and the start has random weights
+    trained = ofb.load(f"{dense_run}/export").state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in taught.state_dict().items())
 
 
 def test_teacher_that_is_not_there(dense_run, tmp_path, monkeypatch, capsys):

@@ -121,6 +121,13 @@ def test_hard_distillation_is_the_cross_entropy_with_the_teachers_classes():
     torch.testing.assert_close(Criterion(0.0, "hard", 0.3)(logits, targets, teacher), expected)
 
 
+def test_auto_is_soft_where_there_is_a_teacher():
+    logits, targets, teacher_logits = torch.randn(6, 4), torch.randint(4, (6,)), torch.randn(6, 4)
+    auto, soft, none = (Criterion(distillation=kind) for kind in ("auto", "soft", None))
+    assert auto(logits, targets, teacher_logits) == soft(logits, targets, teacher_logits)
+    assert auto(logits, targets) == none(logits, targets)
+
+
 def test_without_distillation_a_teacher_changes_nothing():
     logits, teacher, targets = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 2, 4, 4])
     assert torch.equal(Criterion()(logits, targets, teacher), Criterion()(logits, targets))

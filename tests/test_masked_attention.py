@@ -1,7 +1,5 @@
 """masked_attention: every backend against the float64 reference, gradients, compilation, bad input."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given
@@ -38,7 +36,7 @@ def make_biased(batch, windows, tokens, heads, head_dim, dtype, device):
 
 
 @pytest.mark.parametrize(("batch", "windows"), [(3, None), (4, 2)])
-@pytest.mark.parametrize(("tokens", "head_dim"), [(49, 12), (3, 1)])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(49, 12), (49, 28), (3, 1)])
 @pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
 def test_bias_matches_float64(backend, dtype, tokens, head_dim, batch, windows, device):
     inputs = make_biased(batch, windows, tokens, 2, head_dim, dtype, device)
@@ -63,10 +61,57 @@ def test_hidden_keys_do_not_exist(backend, device):
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k[:, 70:]) * 8**-0.5
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, 70:]).flatten(2)
     torch.testing.assert_close(out, expected)
-    leaves = [each.clone().requires_grad_() for each in (*inputs.values(), bias)]
-    masked_attention(*leaves[:2], bias=leaves[2], backend=backend).square().sum().backward()
-    assert all(leaf.grad.isfinite().all() for leaf in leaves)
-    assert (leaves[2].grad[:, :, :70] == 0).all()
+    check_op(masked_attention, inputs | {"bias": bias}, {}, backend, reduction=2 * 80)
+    leaf = bias.requires_grad_()
+    masked_attention(**inputs, bias=leaf, backend=backend).square().sum().backward()
+    assert (leaf.grad[:, :, :70] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_keys_hidden_in_some_windows(backend, device):
+    inputs = make_biased(6, 3, 49, 2, 12, torch.float32, device)
+    hidden = torch.rand(3, 1, 49, 49, device=device) < 0.3
+    hidden[..., range(49), range(49)] = False  # every query keeps its own key
+    inputs["bias"] = inputs["bias"].masked_fill(hidden, -torch.inf)
+    check_op(masked_attention, inputs, {}, backend, reduction=6 * 49)
+
+
+def test_windows_follow_each_other(device):
+    """Sequence b has the bias of window b mod W."""
+    inputs = make_biased(6, 3, 5, 2, 4, torch.float64, device)
+    bias = inputs.pop("bias")
+    out = masked_attention(**inputs, bias=bias, backend="reference")
+    for sequence in range(6):
+        one = masked_attention(inputs["qkv"][[sequence]], inputs["mask"], bias=bias[sequence % 3], backend="reference")
+        torch.testing.assert_close(out[[sequence]], one)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bias_gradient_is_computed_only_where_it_is_wanted(wanted, device, monkeypatch):
+    from ofb_kernels.kernels import masked_attention as kernel
+
+    calls, backward_bias = [], kernel.backward_bias
+    monkeypatch.setattr(kernel, "backward_bias", lambda *tensors: calls.append(1) or backward_bias(*tensors))
+    inputs = make_biased(4, 2, 5, 2, 4, torch.float32, device)
+    inputs["qkv"].requires_grad_()
+    inputs["bias"].requires_grad_(wanted)
+    masked_attention(**inputs, backend="triton").sum().backward()
+    assert len(calls) == wanted
+    assert inputs["qkv"].grad is not None and (inputs["bias"].grad is not None) == wanted
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_under_autocast(backend, device):
+    low = torch.float16 if backend == "triton" else torch.bfloat16
+    inputs = make_biased(4, 2, 33, 2, 24, torch.float32, device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    with torch.autocast(device, dtype=low):
+        out = masked_attention(**leaves, backend=backend)
+    out.float().sum().backward()
+    assert out.dtype == low
+    assert all(leaf.grad.dtype == torch.float32 and leaf.grad.isfinite().all() for leaf in leaves.values())
+    expected = masked_attention(**{n: t.detach().to(low) for n, t in inputs.items()}, backend="reference")
+    torch.testing.assert_close(out, expected, atol=8 * torch.finfo(low).eps, rtol=8 * torch.finfo(low).eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,13 +154,17 @@ def test_every_head_dim_a_search_can_reach(head_dim, device):
     step=st.integers(1, 2),
     layout=st.permutations(range(5)),
     scale=st.sampled_from([None, 0.3, 1]),
+    windows=st.sampled_from([None, 1, "batch"]),
 )
-def test_any_shape_and_strides(backend, batch, tokens, heads, head_dim, step, layout, scale):
+def test_any_shape_and_strides(backend, batch, tokens, heads, head_dim, step, layout, scale, windows):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = make_inputs(batch, tokens, heads, head_dim * step, torch.float32, device)
     inverse = [layout.index(dim) for dim in range(5)]
     inputs["qkv"] = inputs["qkv"].permute(layout).contiguous().permute(inverse)[..., ::step]
     inputs["mask"] = inputs["mask"][:, ::step]
+    if windows is not None:
+        windows = batch if windows == "batch" else windows
+        inputs["bias"] = torch.randn(tokens, windows, tokens, heads, device=device).permute(1, 3, 0, 2)
     check_op(masked_attention, inputs, {"scale": scale}, backend, reduction=max(batch * tokens, head_dim))
 
 
@@ -235,7 +284,19 @@ def test_opcheck(device):
         ({"mask": torch.rand(2, 6, device="meta")}, ValueError, "got mask on meta"),
         ({"mask": 1.0}, TypeError, "expected mask as a torch.Tensor, got float"),
         ({"scale": "0.1"}, TypeError, "expected scale as a float or None, got str"),
-        ({"bias": torch.rand(2, 5, 4)}, ValueError, r"expected bias of shape \(W, 2, 5, 5\), got \(1, 2, 5, 4\)"),
+        (
+            {"bias": torch.rand(2, 5, 4)},
+            ValueError,
+            r"expected bias of shape \(2, 5, 5\) or \(W, 2, 5, 5\), got \(2, 5, 4\)",
+        ),
+        ({"bias": torch.rand(5, 5)}, ValueError, r"expected bias of shape .*, got \(5, 5\)"),
+        ({"bias": torch.rand(0, 2, 5, 5)}, ValueError, "got W = 0"),
+        ({"bias": torch.rand(2, 5, 5, device="meta")}, ValueError, "got bias on meta; move it there"),
+        (
+            {"bias": torch.rand(2, 5, 5).bfloat16(), "backend": "triton"},
+            ValueError,
+            "expected bias as one of|on a CUDA",
+        ),
         (
             {"bias": torch.rand(3, 2, 5, 5)},
             ValueError,
@@ -287,8 +348,12 @@ def test_windowed_with_the_projection_inside(backend, device):
 def test_projection_inside_compiles_to_one_graph(backend, device):
     x, weight = torch.randn(2, 5, 8, device=device), torch.randn(24, 8, device=device)
     bias, mask = torch.randn(24, device=device), torch.rand(2, 4, device=device)
-    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, mask)]
-    function = functools.partial(masked_qkv_attention, scale=0.3, backend=backend)
+    attention_bias = torch.randn(2, 2, 5, 5, device=device)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, mask, attention_bias)]
+
+    def function(*tensors):
+        return masked_qkv_attention(*tensors[:4], scale=0.3, attention_bias=tensors[4], backend=backend)
+
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     out, expected = compiled(*inputs), function(*inputs)
     torch.testing.assert_close(out, expected)
@@ -309,6 +374,7 @@ def test_projection_inside_compiles_to_one_graph(backend, device):
         ({"bias": torch.rand(8)}, ValueError, r"expected bias of shape \(24\), got \(8,\)"),
         ({"weight": torch.randn(24, 8).double()}, TypeError, "expected weight of x's dtype"),
         ({"scale": "big"}, TypeError, "expected scale as a float or None, got str"),
+        ({"attention_bias": torch.rand(2, 5, 4)}, ValueError, r"expected attention_bias of shape \(2, 5, 5\) or"),
     ],
 )
 def test_projection_inside_bad_input(change, error, message):

@@ -85,16 +85,11 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
 def _can_wait(job: Job, targets: list[str]) -> bool:
     """Whether the reduced grid leaves a run out.
 
-    The main methods run with and without a teacher at every target; without one, the other rivals at all targets but
-    the first, and OFB without one of its parts at the last.
+    Without a teacher, the main methods run at every target, and the other rivals at the last one.
     """
-    if job.method in MAIN:
-        return False
     if job.distillation:
         return True
-    if job.method == ONE_SEARCH:
-        return False
-    return job.target not in (targets[-1:] if job.method in OFB else targets[1:])
+    return job.method not in MAIN and (job.method in (*OFB, ONE_SEARCH) or job.target != targets[-1])
 
 
 if __name__ == "__main__":

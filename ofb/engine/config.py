@@ -131,12 +131,13 @@ class TrainingConfig(RunConfig, DataConfig):
     smoothing: float = 0.1
     """Label smoothing."""
 
-    distillation: Literal["soft", "hard"] | None = None
-    """Learn from a teacher's probabilities or from its classes as well."""
+    distillation: Literal["auto", "soft", "hard"] | None = "auto"
+    """Learn from a teacher as well: from its probabilities (soft) or its classes (hard); auto is soft where there is a
+    teacher."""
 
     teacher: str | None = None
-    """Any timm model (with its pretrained weights), or a run folder; a search learns from the network it starts from if
-    not given."""
+    """Any timm model (with its pretrained weights), or a run folder; a search learns from the trained network it starts
+    from if not given."""
 
     distillation_alpha: float = 0.5
     """Weight of the teacher; the labels have the rest."""

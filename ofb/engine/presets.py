@@ -20,6 +20,7 @@ _DEIT_IMAGENET = {
     "weight_decay": 1e-3,
     "drop_path": 0.1,
     "smoothing": 0.1,
+    "distillation": None,
     "aa": "rand-m9-mstd0.5-inc1",
     "reprob": 0.25,
     "aug_repeats": 3,

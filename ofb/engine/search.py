@@ -87,7 +87,7 @@ def search(
         train_loader: batches of images (B, C, H, W) and class indices (B,), with a length.
         val_loader: the same, to choose the best epoch of the fine-tuning.
         config: the recipe; its data and model options are not read here.
-        teacher: to distil from, with `config.distillation`.
+        teacher: to distil from, as `config.distillation` says; the dense network itself finds better ones.
 
     Raises:
         ValueError: the supernet was made for another number of steps or targets, or the run cannot be resumed.

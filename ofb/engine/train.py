@@ -53,7 +53,7 @@ def train(
         train_loader: batches of images (B, C, H, W) and class indices (B,), with a length.
         val_loader: the same, to choose the best epoch.
         config: the recipe; its data and model options are not read here.
-        teacher: to distil from, with `config.distillation`.
+        teacher: to distil from, as `config.distillation` says.
         stage: names checkpoint and metrics.
 
     Raises:
@@ -316,7 +316,7 @@ def teaching(
     Raises:
         ValueError: the config distils and there is no teacher.
     """
-    if config.distillation is None:
+    if config.distillation is None or (config.distillation == "auto" and teacher is None):
         return lambda images: None
     if teacher is None:
         raise ValueError(f"teacher: expected a network for {config.distillation} distillation, got none")

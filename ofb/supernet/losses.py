@@ -11,7 +11,7 @@ from torch import Tensor
 SIGMA_MARGIN = 1e-4
 # A probability below e^-80 contributes nothing to an entropy in float32; the bound keeps 0 · log 0 at 0.
 LOG_PROBABILITY_FLOOR = -80.0
-DISTILLATIONS = (None, "soft", "hard")
+DISTILLATIONS = (None, "auto", "soft", "hard")
 
 
 def adaptive_one_hot_loss(alpha: Tensor, alive: Tensor | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class Criterion:
 
     Attributes:
         smoothing: label smoothing of the cross entropy, for targets given as class indices.
-        distillation: "soft", "hard", or None to ignore a teacher.
+        distillation: "soft" or "hard", which need a teacher; "auto", soft where there is one; None to ignore it.
         alpha: weight of the teacher.
         tau: temperature of soft distillation.
     """
@@ -105,7 +105,7 @@ class Criterion:
         logits = logits.float()
         smoothing = 0.0 if targets.is_floating_point() else self.smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        if self.distillation is None:
+        if self.distillation is None or (self.distillation == "auto" and teacher_logits is None):
             return loss
         if teacher_logits is None:
             raise ValueError(f"teacher: expected a teacher for {self.distillation} distillation, got none")

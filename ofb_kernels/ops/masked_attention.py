@@ -48,7 +48,7 @@ def masked_attention(
     scale = _checked_scale(op, scale, head_dim)
     bias = _windowed(op, "bias", bias, len(qkv), heads, qkv.shape[1])
     qkv = qkv.to(compute_dtype(op, qkv))
-    chosen = choose_backend(op, backend, {"qkv": qkv, "mask": mask}, _limits(head_dim))
+    chosen = choose_backend(op, backend, _present(qkv=qkv, bias=bias, mask=mask), _limits(head_dim))
     if chosen == "triton":
         return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale, bias)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_attention
@@ -96,7 +96,8 @@ def masked_qkv_attention(
     attention_bias = _windowed(op, "attention_bias", attention_bias, len(x), mask.shape[0], x.shape[1])
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chosen = choose_backend(op, backend, {"x": x, "mask": mask}, _limits(mask.shape[1]))
+    inputs = _present(x=x, attention_bias=attention_bias, mask=mask)
+    chosen = choose_backend(op, backend, inputs, _limits(mask.shape[1]))
     if chosen == "triton":
         qkv = F.linear(x, weight, bias).unflatten(-1, (3, *mask.shape))
         return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale, attention_bias)[0]
@@ -116,11 +117,20 @@ def _windowed(op: str, name: str, bias: Tensor | None, batch: int, heads: int, t
     """The bias as (W, H, N, N), W = 1 where all sequences share it."""
     if bias is None:
         return None
+    if bias.dim() not in (3, 4) or bias.shape[-3:] != (heads, tokens, tokens):
+        shared = f"{heads}, {tokens}, {tokens}"
+        raise ValueError(f"{op}: expected {name} of shape ({shared}) or (W, {shared}), got {tuple(bias.shape)}")
     bias = bias[None] if bias.dim() == 3 else bias
-    check_shape(op, name, bias, "W", heads, tokens, tokens)
     if len(bias) == 0 or batch % len(bias):
-        raise ValueError(f"{op}: expected {name} for W windows that divide the batch of {batch}, got W = {len(bias)}")
+        raise ValueError(
+            f"{op}: expected {name} for W windows that divide the batch of {batch}, got W = {len(bias)}; "
+            "give one for each window of an image, and whole images"
+        )
     return bias
+
+
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _limits(head_dim: int) -> str | None:
