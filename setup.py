@@ -2,6 +2,7 @@ from setuptools import find_packages, setup
 
 CLI = ["tyro>=0.9", "rich>=13", "tensorboard>=2.15", "matplotlib>=3.8", "scikit-learn>=1.3", "pyyaml>=6"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
+TRANSFORMERS = ["transformers>=5.9"]
 BENCHMARK = ["torch-pruning>=1.6"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
 
@@ -21,6 +22,12 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4",
     ],
-    extras_require={"cli": CLI, "export": EXPORT, "benchmark": BENCHMARK, "test": TEST + CLI + EXPORT + BENCHMARK},
+    extras_require={
+        "cli": CLI,
+        "export": EXPORT,
+        "transformers": TRANSFORMERS,
+        "benchmark": BENCHMARK,
+        "test": TEST + CLI + EXPORT + TRANSFORMERS + BENCHMARK,
+    },
     entry_points={"console_scripts": ["ofb = ofb.cli:main"]},
 )

@@ -4,6 +4,7 @@ from ofb.engine.config import EvaluateConfig, ExportConfig, SearchConfig, TrainC
 from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
+from ofb.hugging_face import from_transformers, to_transformers
 from ofb.supernet import Supernet, adaptive_one_hot_loss
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "adaptive_one_hot_loss",
     "evaluate",
     "export_onnx",
+    "from_transformers",
     "load",
     "save",
     "search",
     "search_targets",
+    "to_transformers",
     "train",
 ]

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-OPTIONAL = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "yaml"]
+CLI = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "yaml"]
+OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers"]
 
 
 def run_without(blocked: list[str], code: str) -> None:
