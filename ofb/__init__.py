@@ -5,12 +5,14 @@ from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
 from ofb.supernet import Supernet, adaptive_one_hot_loss
+from ofb.supernet.families import Support, supports
 
 __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "SearchConfig",
     "Supernet",
+    "Support",
     "TrainConfig",
     "adaptive_one_hot_loss",
     "evaluate",
@@ -19,5 +21,6 @@ __all__ = [
     "save",
     "search",
     "search_targets",
+    "supports",
     "train",
 ]

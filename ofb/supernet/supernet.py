@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -128,6 +129,11 @@ class Supernet(nn.Module):
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {value}")
+        if getattr(model, "num_classes", 1) == 0 and criterion is None:
+            raise ValueError(
+                "criterion: expected one of your own for a model without a classifier (num_classes=0), got None; "
+                "it is given what the model returns"
+            )
         self.model = model
         self.family_name = family_of(model).NAME
         self.total_steps, self.steps_per_epoch = epochs * steps_per_epoch, steps_per_epoch
@@ -145,6 +151,7 @@ class Supernet(nn.Module):
         weight = next(model.parameters())
         like = {"device": weight.device, "dtype": weight.dtype}
         self.macs = self.family.macs(model)
+        self.normed = [name for name, submodule in submodules.items() if submodule.normed]
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
@@ -157,7 +164,7 @@ class Supernet(nn.Module):
                 self.bimasks[name].rank_scores_by(importance)
         first, last = (submodules[width].candidates.units for width in (self.macs.widths[0], self.macs.widths[-1]))
         self.area = self.family.token_area(model)
-        pixels = model.patch_embed.proj.in_channels * self.area.pixels**2
+        pixels = model.patch_embed.proj.in_channels * math.prod(self.area.pixels)
         self.decoder = nn.Linear(last, pixels, **like)  # of each token: the paper's 1 × 1 convolution
         self.mask_token = nn.Parameter(torch.empty(1, 1, first, **like))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -191,7 +198,7 @@ class Supernet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of the masked network, no patch replaced."""
         with self._backend():
-            return self.family.logits(self.model, self._features(self.family.patch_embeddings(self.model, images)))
+            return self._tokens_and_logits(self.family.patch_embeddings(self.model, images))[1]
 
     def loss(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Losses:
         """All losses of a search step from one forward pass.
@@ -388,20 +395,20 @@ class Supernet(nn.Module):
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
         embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
         if not max(self.mask_ratio_range):
-            logits = self.family.logits(self.model, self._features(embeddings))
+            _, logits = self._tokens_and_logits(embeddings)
             return logits, logits.new_zeros((), dtype=torch.float32)
         areas, masked = draw_areas(len(images), self.area, self.mask_ratio, max(self.mask_ratio_range))  # (B, K), (K,)
-        tokens = self._features(replace_patches(embeddings, self.area, areas, masked, self.mask_token))
+        replaced = replace_patches(embeddings, self.area, areas, masked, self.mask_token)
+        tokens, logits = self._tokens_and_logits(replaced)
         drawn = self.family.patch_tokens(self.model, tokens).take_along_dim(areas[..., None], 1)
         rebuilt = reconstruction_loss(self.decoder(drawn), images, areas, masked, self.area.pixels)
-        return self.family.logits(self.model, tokens), rebuilt
+        return logits, rebuilt
 
-    def _features(self, patches: Tensor) -> Tensor:
-        masks = self._masks()
-        residual_masks = self._residual_masks(masks)
-        open_widths = [width for width in residual_masks if not self.bimasks[width].final]
-        norm_masks = {width: self.bimasks[width].sparsity().flatten() for width in open_widths}
-        return self.family.features(self.model, patches, masks, residual_masks, norm_masks)
+    def _tokens_and_logits(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens after the final norm (B, N, D) and logits (B, classes), from patch embeddings (B, patches, D)."""
+        masks, norm_masks = self._masks(), self._norm_masks()
+        tokens = self.family.features(self.model, patches, masks, self._residual_masks(masks), norm_masks)
+        return tokens, self.family.logits(self.model, tokens, norm_masks)
 
     def _masks(self) -> dict[str, Tensor]:
         if self.finished:
@@ -411,6 +418,11 @@ class Supernet(nn.Module):
     def _residual_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """m (D,) of each residual width, with which the blocks' outputs are masked; empty where they are not."""
         return {width: masks[width].flatten() for width in self.macs.widths} if self.residual_mask == "stream" else {}
+
+    def _norm_masks(self) -> dict[str, Tensor]:
+        """V of the open submodules whose units a norm has to weigh: of those inside blocks, and of the widths."""
+        names = [*self.normed, *(self.macs.widths if self.residual_mask == "stream" else ())]
+        return {name: self.bimasks[name].sparsity().flatten() for name in names if not self.bimasks[name].final}
 
     def _one_hot_loss(self) -> Tensor:
         penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
@@ -476,5 +488,5 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
         return "architecture"
     if name.endswith(".score"):
         return "score"
-    is_token = name.endswith(("token", "pos_embed"))
+    is_token = name.endswith(("token", "pos_embed", "latent"))
     return "no_decay" if parameter.dim() < 2 or is_token else "decay"

@@ -1,5 +1,6 @@
 """Model families: what the units of each submodule are, in parameters, sizes and MACs."""
 
+from dataclasses import dataclass
 from types import ModuleType
 
 from torch import nn
@@ -7,6 +8,31 @@ from torch import nn
 from ofb.supernet.families import vit
 
 FAMILIES = {vit.NAME: vit}
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a model can be searched; true or false as it stands in an `if`.
+
+    Attributes:
+        supported: whether it can.
+        reason: what stands in the way, empty where nothing does.
+    """
+
+    supported: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.supported
+
+
+def supports(model: nn.Module) -> Support:
+    """Whether a model can be searched, and if not, why."""
+    try:
+        family_of(model)
+    except ValueError as error:
+        return Support(False, str(error).removeprefix("model: "))
+    return Support(True)
 
 
 def family_of(model: nn.Module) -> ModuleType:
