@@ -44,14 +44,33 @@ MODELS = {
     ),
     "GLU, gate last": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp, "mlp_ratio": 2.0}),
     "packed SwiGLU, no bias": ("vit_tiny_patch16_224", {"mlp_layer": SwiGLUPacked, "proj_bias": False}),
-    "no position embedding": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
+    "no position embedding": ("vit_tiny_patch16_224", {"pos_embed": "none"} | POOLED),
     "norm in the patch embedding": ("vit_tiny_patch16_224", {"embed_norm_layer": "layernorm", "no_embed_class": True}),
     "not square": ("vit_tiny_patch16_224", {"img_size": (16, 32), "patch_size": (4, 8)}),
     "patches do not cover the images": ("vit_tiny_patch16_224", {"img_size": (17, 18)}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "DeiT-III, LayerScale": ("deit3_small_patch16_224", {}),
+    "EVA": ("eva_giant_patch14_224", {"mlp_ratio": 4.0}),
+    "EVA02, packed SwiGLU": ("eva02_tiny_patch14_224", {"mlp_ratio": 2.0}),
+    "EVA02-B, SwiGLU, norm inside": ("eva02_base_patch14_224", {"mlp_ratio": 2.0}),
+    "EVA02-CLIP, norms inside": ("eva02_base_patch16_clip_224", {"mlp_ratio": 2.0}),
+    "EVA, attention norm, fused qkv": ("eva_giant_patch14_224", {"scale_attn_inner": True, "qkv_bias": False}),
+    "DINOv3": ("vit_small_patch16_dinov3", {"num_classes": 5}),
+    "DINOv3, SwiGLU, qkv bias": ("vit_small_plus_patch16_dinov3_qkvb", {}),
+    "Perception Encoder, map": ("vit_pe_core_base_patch16_224", {"depth": 3}),
+    "Perception Encoder, no final norm": ("vit_pe_spatial_base_patch16_512", {"num_classes": 5}),
+    "rotary positions alone": ("vit_small_patch16_rope_224", {}),
+    "rotary and absolute positions": ("vit_small_patch16_rope_ape_224", {"img_size": (16, 24)}),
+    "rotary, registers, fc_norm": ("vit_base_patch16_rope_reg1_gap_256", {}),
+    "Sapiens 2, qk-norm, RMSNorm": ("vit_base_patch16_sapiens2", {"num_kv_heads": 4}),
 }
-each_kind = pytest.mark.parametrize("kind", MODELS)
+each_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.skipif(not timm.is_model(name), reason=f"this timm has no {name}"))
+        for kind, (name, _) in MODELS.items()
+    ],
+)
 
 
 def make_model(kind, **options):

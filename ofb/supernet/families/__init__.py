@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from types import ModuleType
 
+from timm.models.eva import Eva
 from torch import nn
 
-from ofb.supernet.families import vit
+from ofb.supernet.families import eva, vit
 
-FAMILIES = {vit.NAME: vit}
+FAMILIES = {vit.NAME: vit, eva.NAME: eva}
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ def family_of(model: nn.Module) -> ModuleType:
     Raises:
         ValueError: no family can search it; the message says why.
     """
-    vit.check(model)
-    return vit
+    family = eva if isinstance(model, Eva) else vit
+    family.check(model)
+    return family
 
 
 def describe(model: nn.Module) -> dict:
