@@ -57,7 +57,7 @@ def test_support_is_as_true_as_it_says():
     assert ofb.supports(tiny_vit()) and ofb.supports(tiny_vit()).reason == ""
     support = ofb.supports(timm.create_model("resnet18"))
     assert (bool(support), support.supported) == (False, False)
-    assert support.reason == "expected a timm VisionTransformer (ViT or DeiT), got timm.models.resnet.ResNet"
+    assert support.reason == "expected a timm VisionTransformer (ViT, DeiT) or Eva, got timm.models.resnet.ResNet"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "beit_base_patch16_224", "vit_small_r26_s32_224"])

@@ -49,7 +49,7 @@ class Supernet(nn.Module):
     Use it like a model: `loss(...)`, backward, `optimizer.step()`, then `step(optimizer)`; at the end `extract()`.
 
     Args:
-        model: a timm VisionTransformer (ViT, DeiT, distilled DeiT); taken over, not copied.
+        model: a timm model that `ofb.supports`; taken over, not copied.
         target: cost of the network to find: "50%" of the dense MACs, "1.1G", a number, or {"macs": …}.
         later_targets: ever smaller ones that the search goes on to, each with `next_target()`.
         epochs: length of the search.
@@ -65,7 +65,8 @@ class Supernet(nn.Module):
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
         architecture_init: "full", larger candidate sizes start likelier, so that the masks start near 1; "equal", all
             start alike; "random", with logits from U(0, 1).
-        criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
+        criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None. A model
+            without a classifier needs one.
         one_hot_weight, macs_weight: weights of these losses.
         one_hot_delay: share of the search before the one-hot loss sets in. It sharpens whatever difference there is, so
             the classification loss should have made one.
@@ -151,7 +152,7 @@ class Supernet(nn.Module):
         weight = next(model.parameters())
         like = {"device": weight.device, "dtype": weight.dtype}
         self.macs = self.family.macs(model)
-        self.normed = [name for name, submodule in submodules.items() if submodule.normed]
+        self.normed = {name for name, submodule in submodules.items() if submodule.normed}
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
@@ -406,9 +407,10 @@ class Supernet(nn.Module):
 
     def _tokens_and_logits(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens after the final norm (B, N, D) and logits (B, classes), from patch embeddings (B, patches, D)."""
-        masks, norm_masks = self._masks(), self._norm_masks()
-        tokens = self.family.features(self.model, patches, masks, self._residual_masks(masks), norm_masks)
-        return tokens, self.family.logits(self.model, tokens, norm_masks)
+        masks = self._masks()
+        all_masks = masks, self._residual_masks(masks), self._norm_masks()
+        tokens = self.family.features(self.model, patches, *all_masks)
+        return tokens, self.family.logits(self.model, tokens, *all_masks)
 
     def _masks(self) -> dict[str, Tensor]:
         if self.finished:
@@ -420,9 +422,15 @@ class Supernet(nn.Module):
         return {width: masks[width].flatten() for width in self.macs.widths} if self.residual_mask == "stream" else {}
 
     def _norm_masks(self) -> dict[str, Tensor]:
-        """V of the open submodules whose units a norm has to weigh: of those inside blocks, and of the widths."""
-        names = [*self.normed, *(self.macs.widths if self.residual_mask == "stream" else ())]
-        return {name: self.bimasks[name].sparsity().flatten() for name in names if not self.bimasks[name].final}
+        """V, flat, of the open submodules that a norm has to weigh: widths, and those with a norm inside their block."""
+        widths = self.macs.widths if self.residual_mask == "stream" else ()
+        sparsity = {name: self.bimasks[name].sparsity() for name in widths}
+        for stack in self.stacks.values():
+            if not self.normed.isdisjoint(stack.names):
+                sparsity |= {
+                    name: v for name, v in stack.masks(torch.zeros_like(self.lam)).items() if name in self.normed
+                }
+        return {name: v.flatten() for name, v in sparsity.items() if not self.bimasks[name].final}
 
     def _one_hot_loss(self) -> Tensor:
         penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}

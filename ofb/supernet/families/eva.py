@@ -84,10 +84,7 @@ def describe(model: Eva) -> dict:
 def build(description: dict) -> Eva:
     """A timm model of this architecture with fresh weights, each block at its own sizes."""
     description = vit_description.completed(description, REQUIRED, {})
-    pool = description["attn_pool"]
-    options = {} if pool is None else {"attn_pool_num_heads": pool["heads"]}
-    options |= {} if pool is None else {"attn_pool_mlp_ratio": vit_description.pool_ratio(description)}
-    options |= {"qk_norm": True} if description["qk_norm"] else {}
+    options = {"qk_norm": True} if description["qk_norm"] else {}
     if description["layer_scale"] and not description["mlp_layer_scale"]:
         options["attn_only_layer_scale"] = True
     model = Eva(
@@ -121,7 +118,7 @@ def build(description: dict) -> Eva:
         **options,
     )
     model.rope = None if description["rope"] is None else _build_rope(description["rope"])
-    vit_description.resize_blocks(model, description)
+    vit_description.resize(model, description)
     return model
 
 
@@ -138,12 +135,10 @@ def _obstacles(model: Eva) -> vit_checks.Obstacles:
     known = model.rope is None or type(model.rope) in ROTARY.values()
     yield not known, f"rotary positions of kind {rope} are not supported: all blocks and heads share its parameters"
     yield from vit_checks.obstacles(model, EvaBlock, (EvaAttention, AttentionRope))
-    description = vit_description.describe_common(model)
-    activations = {activation(block.mlp.act) for block in model.blocks}
-    yield (
-        activations != {ACTIVATIONS.get(description["mlp"])},
-        f"expected the activation of timm's Eva, got {activations}",
-    )
+    mlp = model.blocks[0].mlp
+    expected, got = ACTIVATIONS[mlps.KINDS[type(mlp)]], activation(mlp.act)
+    wrong = got != expected or getattr(mlp, "gate_last", False)
+    yield wrong, f"expected the MLP that timm's Eva makes, with {expected}, got one with {got}"
 
 
 def _attention_of_any_width(attn: EvaAttention) -> AttentionRope:

@@ -1,6 +1,7 @@
 """timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP, …): submodules, masked forward pass, folding.
 
-Submodules are "embed" (the residual width), "attn0", "attn1", … (heads × channels) and "mlp0", "mlp1", ….
+Submodules are "embed" (the residual width), "attn0", "attn1", … (heads × channels), "mlp0", "mlp1", …, and "pool" where
+the tokens are pooled by attention.
 timm's Eva has the same anatomy but for what `families.eva` says, and shares these functions.
 """
 
@@ -13,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ofb.supernet.families import attentions, mlps
+from ofb.supernet.families import attentions, mlps, pools
 from ofb.supernet.families.layers import Submodule, add_norm, masked_norm, present, scale_rows, sync_layers
 from ofb.supernet.families.vit_checks import check
 from ofb.supernet.families.vit_description import build, describe
@@ -44,7 +45,8 @@ NAME = "vit"
 
 def submodules(model: VisionTransformer) -> dict[str, Submodule]:
     """All searchable submodules at the model's present sizes; couplings name the model's own parameters."""
-    found = {"embed": Submodule(_widths(model), tuple(_embed_couplings(model)))}
+    widths = Candidates((1,), (model.embed_dim,)) if pools.width_stays(model) else embed_candidates(model.embed_dim)
+    found = {"embed": Submodule(widths, tuple(_embed_couplings(model)))}
     rotated = getattr(model, "rope", None) is not None
     for i, block in enumerate(model.blocks):
         attn, mlp, name = block.attn, block.mlp, f"blocks.{i}"
@@ -56,7 +58,7 @@ def submodules(model: VisionTransformer) -> dict[str, Submodule]:
         found[f"mlp{i}"] = Submodule(
             mlp_candidates(mlps.hidden_units(mlp)), tuple(mlps.couplings(mlp, f"{name}.mlp")), present(mlp.norm)
         )
-    return found
+    return found if model.attn_pool is None else found | {"pool": pools.submodule(model)}
 
 
 def macs(model: VisionTransformer) -> Macs:
@@ -66,12 +68,15 @@ def macs(model: VisionTransformer) -> Macs:
     classified = 1 if model.global_pool else tokens
     for_width = patches * model.patch_embed.proj.weight[0].numel()
     for_width += classified * sum(head.out_features for head in _classifiers(model))
-    for_width += 0 if model.attn_pool is None else _pool_macs(model, tokens)
     linear, products = {"embed": for_width}, {}
     for i, block in enumerate(model.blocks):
         linear[f"attn{i}"] = 2 * tokens**2
         products[f"attn{i}", "embed"] = 4 * tokens
         products[f"mlp{i}", "embed"] = mlps.matrices(block.mlp) * tokens
+    if model.attn_pool is not None:
+        pooled = tokens if getattr(model, "pool_include_prefix", True) else patches
+        linear["pool"], for_width, products["pool", "embed"] = pools.macs(model, pooled)
+        linear["embed"] += for_width
     return Macs(("embed",), linear, products)
 
 
@@ -129,12 +134,31 @@ def features(
     return normalized
 
 
-def logits(model: VisionTransformer, tokens: Tensor, norm_masks: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
-    """(B, classes) from the tokens after the final norm; what was pooled (B, D) where the model has no classifier."""
+def logits(
+    model: VisionTransformer,
+    tokens: Tensor,
+    masks: Mapping[str, Tensor],
+    residual_masks: Mapping[str, Tensor] = MappingProxyType({}),
+    norm_masks: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:
+    """(B, classes) from the tokens after the final norm; what was pooled (B, D) where the model has no classifier.
+
+    Args:
+        model: the timm model.
+        tokens: (B, N, D).
+        masks: as in `features`, as are the others.
+        residual_masks: of the residual width.
+        norm_masks: V of open submodules.
+    """
     if isinstance(model, VisionTransformerDistilled):
         return model.forward_head(tokens)
-    pooled = masked_norm(model.fc_norm, model.pool(tokens), norm_masks.get("embed"))
-    return model.head(model.head_drop(pooled))
+    norm_mask = norm_masks.get("embed")
+    if model.attn_pool is None:
+        pooled = model.pool(tokens)
+    else:
+        pool, mask, tokens = pools.pool_of(model), masks["pool"].flatten(), pools.pooled_tokens(model, tokens)
+        pooled = pools.masked_forward(pool, tokens, mask, residual_masks.get("embed"), norm_mask)
+    return model.head(model.head_drop(masked_norm(model.fc_norm, pooled, norm_mask)))
 
 
 def patch_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
@@ -152,6 +176,8 @@ def fold(model: VisionTransformer, masks: Mapping[str, Tensor], residual_masks: 
         if residual_masks:
             scale_rows(block.attn.proj, residual_masks["embed"])
             scale_rows(block.mlp.fc2, residual_masks["embed"])
+    if model.attn_pool is not None:
+        pools.fold(model, masks["pool"].flatten(), residual_masks.get("embed"))
 
 
 def sync_sizes(model: VisionTransformer, attention_sizes: list[tuple[int, int]]) -> None:
@@ -166,11 +192,6 @@ def sync_sizes(model: VisionTransformer, attention_sizes: list[tuple[int, int]])
         info["num_chs"] = model.embed_dim
     for block, (heads, channels) in zip(model.blocks, attention_sizes, strict=True):
         attentions.set_sizes(block.attn, heads, channels)
-
-
-def _widths(model: VisionTransformer) -> Candidates:
-    """timm's AttentionPoolLatent reshapes what it attended to into its input's width: with one, this must stay."""
-    return embed_candidates(model.embed_dim) if model.attn_pool is None else Candidates((1,), (model.embed_dim,))
 
 
 def _embed_couplings(model: VisionTransformer) -> list[Coupling]:
@@ -190,6 +211,8 @@ def _embed_couplings(model: VisionTransformer) -> list[Coupling]:
         dims |= {f"blocks.{i}.{layer}.weight": 1 for layer in readers}
         dims |= {f"blocks.{i}.{layer}.{kind}": 0 for layer in writers for kind in ("weight", "bias")}
         dims |= {f"blocks.{i}.{scale}": 0 for scale in ("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2")}
+    if model.attn_pool is not None:
+        dims |= pools.width_couplings(model)
     present_names = dict(model.named_parameters())
     return [Coupling(name, dim) for name, dim in dims.items() if name in present_names]
 
@@ -197,14 +220,6 @@ def _embed_couplings(model: VisionTransformer) -> list[Coupling]:
 def _classifiers(model: VisionTransformer) -> list[nn.Linear]:
     heads = (model.head, getattr(model, "head_dist", None))
     return [head for head in heads if isinstance(head, nn.Linear)]
-
-
-def _pool_macs(model: VisionTransformer, tokens: int) -> int:
-    """MACs of the attention pooling for each channel of the width, which is its inner width too."""
-    pool = model.attn_pool
-    pooled = tokens if getattr(model, "pool_include_prefix", True) else tokens - model.num_prefix_tokens
-    for_latents = 2 * model.embed_dim + 2 * pooled + 2 * pool.mlp.fc1.out_features  # q and proj, attention, mlp
-    return 2 * pooled * model.embed_dim + pool.latent_len * for_latents
 
 
 def _embedded(model: VisionTransformer, patches: Tensor) -> tuple[Tensor, Tensor | None]:

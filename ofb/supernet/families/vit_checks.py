@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from ofb.supernet.families import attentions, mlps
+from ofb.supernet.families import attentions, mlps, pools
 from ofb.supernet.families.layers import norm_kind, present
 
 Obstacles = Iterator[tuple[bool, str]]  # whether it stands in the way, and what it is
@@ -18,7 +18,7 @@ def check(model: nn.Module) -> None:
     """Raise ValueError, saying why, where the model is no Vision Transformer that can be searched."""
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         got = f"{type(model).__module__}.{type(model).__name__}"
-        raise ValueError(f"model: expected a timm VisionTransformer (ViT or DeiT), got {got}")
+        raise ValueError(f"model: expected a timm VisionTransformer (ViT, DeiT) or Eva, got {got}")
     raise_first(obstacles(model, Block, (Attention,)))
 
 
@@ -36,7 +36,7 @@ def obstacles(model: nn.Module, block_kind: type[nn.Module], attention_kinds: tu
         f"expected timm's PatchEmbed, got {type(model.patch_embed).__name__}",
     )
     yield present(model.patch_drop), "patch_drop_rate > 0 clashes with masked image modelling"
-    yield from _pool_obstacles(model)
+    yield from pools.obstacles(model)
     for i, block in enumerate(model.blocks):
         kind = type(block).__name__
         yield type(block) is not block_kind, f"blocks.{i}: expected timm's pre-norm {block_kind.__name__}, got {kind}"
@@ -53,17 +53,6 @@ def block_options(block: nn.Module) -> tuple:
     attn, mlp = block.attn, block.mlp
     parameters = {name for name, _ in block.named_parameters()}
     return type(attn), type(mlp), type(mlp.act), getattr(mlp, "gate_last", None), frozenset(parameters)
-
-
-def _pool_obstacles(model: nn.Module) -> Obstacles:
-    pool = model.attn_pool
-    if pool is not None:
-        kind = type(pool).__name__
-        yield type(pool) is not AttentionPoolLatent, f"expected AttentionPoolLatent where there is one, got {kind}"
-        widths = {pool.latent_dim, pool.kv.in_features, pool.proj.out_features if pool.mlp else 0, model.embed_dim}
-        yield len(widths) > 1, "expected an attention pool of the residual width with an MLP"
-        extras = present(pool.q_norm) or pool.pos_embed is not None or not present(pool.q)
-        yield extras, "expected an attention pool with a q projection, without qk_norm and pos_embed"
 
 
 def _norm_obstacles(model: nn.Module) -> Obstacles:

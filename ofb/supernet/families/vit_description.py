@@ -8,7 +8,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ofb.supernet.families import attentions, mlps
+from ofb.supernet.families import attentions, mlps, pools
 from ofb.supernet.families.layers import ACTIVATION_LAYERS, NORM_LAYERS, activation, norm_kind, present
 
 REQUIRED = {
@@ -45,7 +45,7 @@ def describe(model: VisionTransformer) -> dict:
 
 def describe_common(model: nn.Module) -> dict:
     """What a VisionTransformer and an Eva have alike."""
-    block, patch_embed, pool = model.blocks[0], model.patch_embed, model.attn_pool
+    block, patch_embed = model.blocks[0], model.patch_embed
     height, width = patch_embed.patch_size
     return {
         "img_size": list(patch_embed.img_size),
@@ -70,7 +70,7 @@ def describe_common(model: nn.Module) -> dict:
         "mlp_norm": present(block.mlp.norm),
         "mlp": mlps.KINDS[type(block.mlp)] + ("_gate_last" if getattr(block.mlp, "gate_last", False) else ""),
         "activation": activation(block.mlp.act),
-        "attn_pool": None if pool is None else {"heads": pool.num_heads, "hidden": pool.mlp.fc1.out_features},
+        "attn_pool": pools.describe(model),
         "blocks": [
             {"heads": b.attn.num_heads, "head_dim": attentions.head_dim(b.attn), "hidden": mlps.hidden_units(b.mlp)}
             for b in model.blocks
@@ -81,9 +81,8 @@ def describe_common(model: nn.Module) -> dict:
 def build(description: dict) -> VisionTransformer:
     """A timm model of this architecture with fresh weights, each block at its own sizes."""
     description = completed(description, REQUIRED, DEFAULTS)
-    final_norm, pool = description["final_norm"], description["attn_pool"]
+    final_norm = description["final_norm"]
     cls = VisionTransformerDistilled if description["distilled"] else VisionTransformer
-    options = {} if pool is None else {"mlp_ratio": pool_ratio(description)}
     model = cls(
         img_size=tuple(description["img_size"]),
         patch_size=patch_size(description),
@@ -92,7 +91,7 @@ def build(description: dict) -> VisionTransformer:
         global_pool=description["global_pool"],
         embed_dim=description["embed_dim"],
         depth=len(description["blocks"]),
-        num_heads=1 if pool is None else pool["heads"],  # the blocks get their own below
+        num_heads=1,  # the blocks get their own below
         qkv_bias=description["qkv_bias"],
         qk_norm=description["qk_norm"],
         scale_attn_norm=description["attn_norm"],
@@ -113,9 +112,8 @@ def build(description: dict) -> VisionTransformer:
         norm_layer=norm_layer(description),
         act_layer=ACTIVATION_LAYERS[description["activation"]],
         mlp_layer=MLP_LAYERS[description["mlp"]],
-        **options,
     )
-    resize_blocks(model, description)
+    resize(model, description)
     return model
 
 
@@ -137,20 +135,17 @@ def patch_size(description: dict) -> int | tuple[int, int]:
     return tuple(size) if isinstance(size, list) else size
 
 
-def pool_ratio(description: dict) -> float:
-    """The mlp_ratio that gives the attention pool's MLP its hidden channels, whichever way the product is rounded."""
-    return (description["attn_pool"]["hidden"] + 0.5) / description["embed_dim"]
-
-
 def norm_layer(description: dict) -> partial:
     """What makes a norm of a number of channels."""
     options = {} if description["norm_bias"] or description["norm"] != "layernorm" else {"bias": False}
     return partial(NORM_LAYERS[description["norm"]], eps=description["norm_eps"], **options)
 
 
-def resize_blocks(model: nn.Module, description: dict) -> None:
-    """Give each block its own sizes, in fresh layers."""
+def resize(model: nn.Module, description: dict) -> None:
+    """Give each block, and the attention pooling, its own sizes, in fresh layers."""
     width = description["embed_dim"]
     for block, sizes in zip(model.blocks, description["blocks"], strict=True):
         attentions.resize(block.attn, width, sizes["heads"], sizes["head_dim"])
         mlps.resize(block.mlp, width, sizes["hidden"])
+    if description["attn_pool"] is not None:
+        model.attn_pool = pools.build(description["attn_pool"], width, norm_layer(description))
