@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from ofb.supernet.families.layers import ACTIVATION_LAYERS, Submodule, activation, masked_norm, present, scale_rows
+from ofb.supernet.families.layers import (
+    ACTIVATION_LAYERS,
+    Submodule,
+    activation,
+    masked_norm,
+    present,
+    resized,
+    scale_rows,
+)
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates
 
@@ -111,16 +119,12 @@ def describe(model: nn.Module) -> dict | None:
 
 def build(description: dict, residual_width: int, norm_layer: type[nn.Module]) -> nn.Module:
     """An attention pooling with fresh weights for tokens of the residual width, filled up where that is smaller."""
-    width = description["width"]
-    pool = AttentionPoolLatent(
-        width,
-        residual_width,
-        width,
-        num_heads=description["heads"],
-        mlp_ratio=(description["hidden"] + 0.5) / residual_width,  # timm rounds down
-        norm_layer=norm_layer,
-        act_layer=ACTIVATION_LAYERS[description["activation"]],
-    )
+    width, hidden = description["width"], description["hidden"]
+    act_layer = ACTIVATION_LAYERS[description["activation"]]
+    pool = AttentionPoolLatent(width, num_heads=description["heads"], norm_layer=norm_layer, act_layer=act_layer)
+    pool.out_features, mlp = residual_width, pool.mlp
+    pool.proj, pool.norm = resized(pool.proj, width, residual_width), resized(pool.norm, residual_width)
+    mlp.fc1, mlp.fc2 = resized(mlp.fc1, residual_width, hidden), resized(mlp.fc2, hidden, residual_width)
     return pool if width == residual_width else _filled_up(pool, width - residual_width)
 
 
