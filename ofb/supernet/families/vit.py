@@ -75,8 +75,8 @@ def macs(model: VisionTransformer) -> Macs:
         products[f"mlp{i}", "embed"] = mlps.matrices(block.mlp) * tokens
     if model.attn_pool is not None:
         pooled = tokens if getattr(model, "pool_include_prefix", True) else patches
-        linear["pool"], for_width, products["pool", "embed"] = pools.macs(model, pooled)
-        linear["embed"] += for_width
+        linear["pool"], pool_for_width, products["pool", "embed"] = pools.macs(model, pooled)
+        linear["embed"] += pool_for_width
     return Macs(("embed",), linear, products)
 
 
