@@ -422,7 +422,7 @@ class Supernet(nn.Module):
         return {width: masks[width].flatten() for width in self.macs.widths} if self.residual_mask == "stream" else {}
 
     def _norm_masks(self) -> dict[str, Tensor]:
-        """V, flat, of the open submodules that a norm has to weigh: widths, and those with a norm inside their block."""
+        """V, flat, of the open submodules that a norm weighs: widths, and those with a norm inside their block."""
         widths = self.macs.widths if self.residual_mask == "stream" else ()
         sparsity = {name: self.bimasks[name].sparsity() for name in widths}
         for stack in self.stacks.values():
