@@ -6,12 +6,14 @@ from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
 from ofb.hugging_face import from_transformers, to_transformers
 from ofb.supernet import Supernet, adaptive_one_hot_loss
+from ofb.supernet.families import Support, supports
 
 __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "SearchConfig",
     "Supernet",
+    "Support",
     "TrainConfig",
     "adaptive_one_hot_loss",
     "evaluate",
@@ -21,6 +23,7 @@ __all__ = [
     "save",
     "search",
     "search_targets",
+    "supports",
     "to_transformers",
     "train",
 ]

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ofb.supernet.families import vit
+from ofb.supernet.families.vit_description import DEFAULTS
 
 OLDEST_TRANSFORMERS = "5.9"  # older ones call the parameters of ViT and DeiT otherwise
 
@@ -198,6 +199,10 @@ def _check_expressible(description: dict) -> None:
         "expected no layer scale (init_values=None)": description["layer_scale"],
         "expected a position embedding for the class token too (no_embed_class=False)": description["no_embed_class"],
         "expected biases in the projections (proj_bias=True)": not description["proj_bias"],
+    }
+    obstacles |= {
+        f"expected {name}={default!r}, got {description[name]!r}": description[name] != default
+        for name, default in DEFAULTS.items()
     }
     for reason, wrong in obstacles.items():
         if wrong:

@@ -100,7 +100,7 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
         ("search --target 3%", "target: expected between"),
         ("search --target half", "target: expected MACs such as"),
         ("train --model vit_tinny_patch16_224", "model: expected a timm model name, got 'vit_tinny_patch16_224'"),
-        ("search --model vit_tiny_patch16_224 --model-kwargs depth=1 global_pool=avg", "model: cannot be searched"),
+        ("search --model vit_tiny_patch16_224 --model-kwargs depth=1 attn_drop_rate=0.1", "model: cannot be searched"),
         ("train --device gpu", "device: expected one of this machine"),
         ("train --resume --output no/such/run", "resume: expected a run folder with config.yaml, got no/such/run"),
         ("search --checkpoint no/such/network", "found no config.json"),

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 import ofb
 from ofb.engine.data import data_config
 from ofb.supernet.families import vit
+from ofb.supernet.families.layers import ACTIVATION_LAYERS
 from tests.common import tiny_vit
 
 CLASSIFYING = ["ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"]
@@ -83,7 +84,7 @@ def test_features_from_transformers(name):
     "options",
     [
         {"qkv_bias": False, "act_layer": "relu"},
-        {"act_layer": vit.ACTIVATION_LAYERS["gelu_tanh"], "img_size": IMAGES[2:], "in_chans": 1},
+        {"act_layer": ACTIVATION_LAYERS["gelu_tanh"], "img_size": IMAGES[2:], "in_chans": 1},
         {"act_layer": "silu", "mlp_ratio": 2.7},
     ],
     ids=["relu", "gelu_tanh", "silu"],
@@ -208,7 +209,7 @@ def test_network_whose_blocks_differ_is_refused():
         ({"init_values": 0.1}, "layer scale"),
         ({"no_embed_class": True}, "no_embed_class"),
         ({"proj_bias": False}, "proj_bias"),
-        ({"reg_tokens": 2}, "register tokens"),
+        ({"reg_tokens": 2}, "expected reg_tokens=0, got 2; keep"),
     ],
 )
 def test_networks_that_cannot_go_are_refused(options, message):

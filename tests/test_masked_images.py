@@ -9,7 +9,7 @@ from ofb_kernels import local_norm
 
 def test_masked_patches_keep_their_share():
     embeddings, mask_token = torch.randn(6, 16, 32), torch.randn(1, 1, 32)
-    area = TokenArea(pixels=4, rows=4, columns=4)
+    area = TokenArea(pixels=(4, 4), rows=4, columns=4)
     for ratio, expected in [(0.01, 1), (0.15, 3), (0.25, 4)]:
         patches, masked = draw_areas(6, area, torch.tensor(ratio), most=0.25)
         assert patches.shape == (6, 4)
@@ -23,7 +23,7 @@ def test_masked_patches_keep_their_share():
 
 
 def test_areas_of_several_patches_are_masked_as_a_whole():
-    area = TokenArea(pixels=8, rows=2, columns=3, patches=2)  # 4 × 6 patches
+    area = TokenArea(pixels=(8, 8), rows=2, columns=3, patches=2)  # 4 × 6 patches
     areas, masked = torch.tensor([[4, 0], [2, 1]]), torch.tensor([True, False])
     embeddings, mask_token = torch.randn(2, 24, 5), torch.randn(1, 1, 5)
     replaced = (replace_patches(embeddings, area, areas, masked, mask_token) == mask_token).all(2).view(2, 4, 6)
@@ -40,5 +40,5 @@ def test_reconstruction_counts_masked_pixels_only():
     decoded = F.pixel_unshuffle(reconstruction, 2).flatten(2).mT  # what the decoder gives before its pixel shuffle
     patches = torch.tensor([[8, 3], [18, 0]])
     drawn = decoded.take_along_dim(patches[..., None], 1)
-    loss = reconstruction_loss(drawn, images, patches, torch.tensor([True, False]), pixels=2)
+    loss = reconstruction_loss(drawn, images, patches, torch.tensor([True, False]), pixels=(2, 2))
     torch.testing.assert_close(loss, expected)

@@ -266,7 +266,8 @@ def test_reconstruction_compares_each_patch_with_its_own_pixels(monkeypatch):
     loss = supernet.loss(images, targets).reconstruction
 
     embeddings = supernet.model.patch_embed(images)
-    tokens = supernet._features(replace_patches(embeddings, area, patches, masked, mask_token))
+    replaced = replace_patches(embeddings, area, patches, masked, mask_token)
+    tokens, _ = supernet._tokens_and_logits(replaced)
     decoded = supernet.masked_images.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
     picture = torch.nn.functional.pixel_shuffle(decoded.mT.unflatten(2, (4, 4)), 4)
     counts = torch.zeros(8, 16, dtype=torch.bool).scatter(1, patches, masked.expand(8, -1)).view(8, 4, 4)

@@ -16,13 +16,13 @@ class TokenArea:
     A network that merges patches on its way has areas of several patches.
 
     Attributes:
-        pixels: side of the square.
+        pixels: its height and width.
         columns: areas side by side.
         rows: areas one below the other.
         patches: patches along a side of an area.
     """
 
-    pixels: int
+    pixels: tuple[int, int]
     rows: int
     columns: int
     patches: int = 1
@@ -49,7 +49,7 @@ class MaskedImages(nn.Module):
     def __init__(self, area: TokenArea, in_chans: int, first: int, last: int, most: float, **like) -> None:
         super().__init__()
         self.area, self.most = area, most
-        self.decoder = nn.Linear(last, in_chans * area.pixels**2, **like)  # the paper's 1 × 1 convolution
+        self.decoder = nn.Linear(last, in_chans * math.prod(area.pixels), **like)  # the paper's 1 × 1 convolution
         self.mask_token = nn.Parameter(torch.empty(1, 1, first, **like))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -89,20 +89,24 @@ def replace_patches(embeddings: Tensor, area: TokenArea, areas: Tensor, masked: 
     return torch.where(replaced[..., None], mask_token.to(embeddings.dtype), embeddings)
 
 
-def reconstruction_loss(decoded: Tensor, images: Tensor, areas: Tensor, masked: Tensor, pixels: int) -> Tensor:
+def reconstruction_loss(
+    decoded: Tensor, images: Tensor, areas: Tensor, masked: Tensor, pixels: tuple[int, int]
+) -> Tensor:
     """Mean absolute error over the pixels of masked areas against the locally normalized image.
 
     Args:
-        decoded: (B, K, C·p²), the decoder's output for K areas of each image.
-        images: (B, C, H, W), the network's input.
+        decoded: (B, K, C·p·q), the decoder's output for K areas of each image.
+        images: (B, C, H, W), the network's input; what no area covers at its right and bottom does not count.
         areas: (B, K), which areas these are, counted row by row.
         masked: (K,) bool, False for areas that do not count.
-        pixels: p, side of an area.
+        pixels: p and q, height and width of an area.
     """
+    p, q = pixels
     normalized = local_norm(images.float())
-    blocks = normalized.unflatten(3, (-1, pixels)).unflatten(2, (-1, pixels))  # (B, C, H/p, p, W/p, p)
+    covered = normalized[..., : images.shape[2] // p * p, : images.shape[3] // q * q]
+    blocks = covered.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # (B, C, H/p, p, W/q, q)
     row, column = areas // blocks.shape[4], areas % blocks.shape[4]
     image = torch.arange(len(images), device=images.device)[:, None]
-    target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p²)
+    target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p·q)
     error = (decoded.float() - target).abs().mean(2)  # (B, K)
     return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1)

@@ -48,7 +48,7 @@ class Supernet(nn.Module):
     Use it like a model: `loss(...)`, backward, `optimizer.step()`, then `step(optimizer)`; at the end `extract()`.
 
     Args:
-        model: a timm VisionTransformer (ViT, DeiT, distilled DeiT); taken over, not copied.
+        model: a timm model that `ofb.supports`; taken over, not copied.
         target: cost of the network to find: "50%" of the dense MACs, "1.1G", a number, or {"macs": …}.
         later_targets: ever smaller ones that the search goes on to, each with `next_target()`.
         epochs: length of the search.
@@ -64,7 +64,8 @@ class Supernet(nn.Module):
         score_mean: where the importance logits start; S starts at sigmoid(score_mean).
         architecture_init: "full", larger candidate sizes start likelier, so that the masks start near 1; "equal", all
             start alike; "random", with logits from U(0, 1).
-        criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None.
+        criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None. A model
+            without a classifier needs one.
         one_hot_weight, macs_weight: weights of these losses.
         one_hot_delay: share of the search before the one-hot loss sets in. It sharpens whatever difference there is, so
             the classification loss should have made one.
@@ -128,6 +129,11 @@ class Supernet(nn.Module):
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {value}")
+        if getattr(model, "num_classes", 1) == 0 and criterion is None:
+            raise ValueError(
+                "criterion: expected one of your own for a model without a classifier (num_classes=0), got None; "
+                "it is given what the model returns"
+            )
         self.model = model
         self.family_name = family_of(model).NAME
         self.total_steps, self.steps_per_epoch = epochs * steps_per_epoch, steps_per_epoch
@@ -145,6 +151,7 @@ class Supernet(nn.Module):
         weight = next(model.parameters())
         like = {"device": weight.device, "dtype": weight.dtype}
         self.macs = self.family.macs(model)
+        self.normed = {name for name, submodule in submodules.items() if submodule.normed}
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
@@ -190,7 +197,7 @@ class Supernet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of the masked network, no patch replaced."""
         with self._backend():
-            return self.family.logits(self.model, self._features(self.family.patch_embeddings(self.model, images)))
+            return self._tokens_and_logits(self.family.patch_embeddings(self.model, images))[1]
 
     def loss(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Losses:
         """All losses of a search step from one forward pass.
@@ -387,19 +394,19 @@ class Supernet(nn.Module):
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
         embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
         if self.masked_images is None:
-            logits = self.family.logits(self.model, self._features(embeddings))
+            _, logits = self._tokens_and_logits(embeddings)
             return logits, logits.new_zeros((), dtype=torch.float32)
-        embeddings, areas, masked = self.masked_images.hide(embeddings, self.mask_ratio)
-        tokens = self._features(embeddings)
+        hidden, areas, masked = self.masked_images.hide(embeddings, self.mask_ratio)
+        tokens, logits = self._tokens_and_logits(hidden)
         rebuilt = self.masked_images.loss(self.family.patch_tokens(self.model, tokens), images, areas, masked)
-        return self.family.logits(self.model, tokens), rebuilt
+        return logits, rebuilt
 
-    def _features(self, patches: Tensor) -> Tensor:
+    def _tokens_and_logits(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens after the final norm (B, N, D) and logits (B, classes), from patch embeddings (B, patches, D)."""
         masks = self._masks()
-        residual_masks = self._residual_masks(masks)
-        open_widths = [width for width in residual_masks if not self.bimasks[width].final]
-        norm_masks = {width: self.bimasks[width].sparsity().flatten() for width in open_widths}
-        return self.family.features(self.model, patches, masks, residual_masks, norm_masks)
+        all_masks = masks, self._residual_masks(masks), self._norm_masks()
+        tokens = self.family.features(self.model, patches, *all_masks)
+        return tokens, self.family.logits(self.model, tokens, *all_masks)
 
     def _masks(self) -> dict[str, Tensor]:
         if self.finished:
@@ -409,6 +416,17 @@ class Supernet(nn.Module):
     def _residual_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """m (D,) of each residual width, with which the blocks' outputs are masked; empty where they are not."""
         return {width: masks[width].flatten() for width in self.macs.widths} if self.residual_mask == "stream" else {}
+
+    def _norm_masks(self) -> dict[str, Tensor]:
+        """V, flat, of the open submodules that a norm weighs: widths, and those with a norm inside their block."""
+        widths = self.macs.widths if self.residual_mask == "stream" else ()
+        sparsity = {name: self.bimasks[name].sparsity() for name in widths}
+        for stack in self.stacks.values():
+            if not self.normed.isdisjoint(stack.names):
+                sparsity |= {
+                    name: v for name, v in stack.masks(torch.zeros_like(self.lam)).items() if name in self.normed
+                }
+        return {name: v.flatten() for name, v in sparsity.items() if not self.bimasks[name].final}
 
     def _one_hot_loss(self) -> Tensor:
         penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
@@ -475,5 +493,5 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
         return "architecture"
     if name.endswith(".score"):
         return "score"
-    is_token = name.endswith(("token", "pos_embed"))
+    is_token = name.endswith(("token", "pos_embed", "latent"))
     return "no_decay" if parameter.dim() < 2 or is_token else "decay"

@@ -1,13 +1,40 @@
 """Model families: what the units of each submodule are, in parameters, sizes and MACs."""
 
+from dataclasses import dataclass
 from types import ModuleType
 
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from ofb.supernet.families import swin, vit
+from ofb.supernet.families import eva, swin, vit
 
-FAMILIES = {vit.NAME: vit, swin.NAME: swin}
+FAMILIES = {vit.NAME: vit, eva.NAME: eva, swin.NAME: swin}
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a model can be searched; true or false as it stands in an `if`.
+
+    Attributes:
+        supported: whether it can.
+        reason: what stands in the way, empty where nothing does.
+    """
+
+    supported: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.supported
+
+
+def supports(model: nn.Module) -> Support:
+    """Whether a model can be searched, and if not, why."""
+    try:
+        family_of(model)
+    except ValueError as error:
+        return Support(False, str(error).removeprefix("model: "))
+    return Support(True)
 
 
 def family_of(model: nn.Module) -> ModuleType:
@@ -16,7 +43,7 @@ def family_of(model: nn.Module) -> ModuleType:
     Raises:
         ValueError: no family can search it; the message says why.
     """
-    family = swin if isinstance(model, SwinTransformer) else vit
+    family = swin if isinstance(model, SwinTransformer) else eva if isinstance(model, Eva) else vit
     family.check(model)
     return family
 

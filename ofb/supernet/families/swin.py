@@ -21,7 +21,17 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ofb.supernet.families.vit import ACTIVATION_LAYERS, Submodule, _activation, _add_norm, _norm, _scale_rows
+from ofb.supernet.families.layers import (
+    ACTIVATION_LAYERS,
+    Submodule,
+    activation,
+    add_norm,
+    masked_norm,
+    present,
+    resized,
+    scale_rows,
+    sync_layers,
+)
 from ofb.supernet.macs import Macs
 from ofb.supernet.masked_images import TokenArea
 from ofb.supernet.pruning import Coupling
@@ -107,7 +117,7 @@ def token_area(model: SwinTransformer) -> TokenArea:
             f"model: expected img_size as a multiple of {patches * patch_size} pixels, the area of a last token, got "
             f"{model.patch_embed.img_size}; make the model with another img_size"
         )
-    return TokenArea(patches * patch_size, rows // patches, columns // patches, patches)
+    return TokenArea((patches * patch_size,) * 2, rows // patches, columns // patches, patches)
 
 
 def patch_embeddings(model: SwinTransformer, images: Tensor) -> Tensor:
@@ -131,7 +141,7 @@ def features(
         residual_masks: (D,) of every residual width, applied to each block's output into the stream; empty leaves it.
         norm_masks: (D,), V of the open residual widths, with which LayerNorm weighs channels.
     """
-    x = _norm(model.patch_embed.norm, patches, norm_masks.get("embed0")) * masks["embed0"]
+    x = masked_norm(model.patch_embed.norm, patches, norm_masks.get("embed0")) * masks["embed0"]
     i = 0
     for s, stage in enumerate(model.layers):
         if s > 0:
@@ -147,11 +157,11 @@ def features(
             else:
                 x = _block(block, *inputs)
             i += 1
-    return _norm(model.norm, x, norm_mask)
+    return masked_norm(model.norm, x, norm_mask)
 
 
-def logits(model: SwinTransformer, tokens: Tensor) -> Tensor:
-    """(B, classes) from the tokens after the final norm."""
+def logits(model: SwinTransformer, tokens: Tensor, *masks: Mapping[str, Tensor]) -> Tensor:
+    """(B, classes) from the tokens after the final norm; no mask acts after it."""
     return model.forward_head(tokens.unflatten(1, model.layers[-1].output_resolution))
 
 
@@ -166,22 +176,22 @@ def fold(model: SwinTransformer, masks: Mapping[str, Tensor], residual_masks: Ma
 
     timm's attention scales by (new head size)^−½, the supernet kept the old scale: the ratio goes into q.
     """
-    _scale(model.patch_embed.norm, masks["embed0"].flatten())
+    scale_rows(model.patch_embed.norm, masks["embed0"].flatten())
     i = 0
     for s, stage in enumerate(model.layers):
         if s > 0:
-            _scale_rows(stage.downsample.reduction, masks[f"embed{s}"].flatten())
+            scale_rows(stage.downsample.reduction, masks[f"embed{s}"].flatten())
         for block in stage.blocks:
             attention = masks[f"attn{i}"]
             scale = attention.shape[1] ** -0.5
-            _scale_rows(
+            scale_rows(
                 block.attn.qkv, torch.stack([attention * block.attn.scale / scale, attention, attention]).flatten()
             )
             block.attn.scale = scale
-            _scale_rows(block.mlp.fc1, masks[f"mlp{i}"].flatten())
+            scale_rows(block.mlp.fc1, masks[f"mlp{i}"].flatten())
             if residual_masks:
-                _scale_rows(block.attn.proj, residual_masks[f"embed{s}"])
-                _scale_rows(block.mlp.fc2, residual_masks[f"embed{s}"])
+                scale_rows(block.attn.proj, residual_masks[f"embed{s}"])
+                scale_rows(block.mlp.fc2, residual_masks[f"embed{s}"])
             i += 1
 
 
@@ -190,11 +200,7 @@ def sync_sizes(model: SwinTransformer, attention_sizes: list[tuple[int, int]]) -
 
     The attention's softmax scale stays what it was.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.LayerNorm):
-            module.normalized_shape = tuple(module.weight.shape)
+    sync_layers(model)
     widths = _widths(model)
     model.patch_embed.proj.out_channels = model.patch_embed.embed_dim = model.embed_dim = widths[0]
     model.num_features = model.head_hidden_size = model.head.in_features = model.head.num_features = widths[-1]
@@ -222,7 +228,7 @@ def describe(model: SwinTransformer) -> dict:
         "always_partition": block.always_partition,
         "qkv_bias": block.attn.qkv.bias is not None,
         "norm_eps": block.norm1.eps,
-        "activation": _activation(block.mlp.act),
+        "activation": activation(block.mlp.act),
         "stages": [
             {
                 "embed_dim": width,
@@ -257,6 +263,7 @@ def build(description: dict) -> SwinTransformer:
         num_heads=(1,) * len(stages),
         window_size=[tuple(size) for size in description["window_size"]],
         always_partition=description["always_partition"],
+        qkv_bias=description["qkv_bias"],
         mlp_ratio=1.0,
         drop_path_rate=0.0,
         norm_layer=lambda dim, **kwargs: nn.LayerNorm(dim, eps=description["norm_eps"], **kwargs),
@@ -266,12 +273,12 @@ def build(description: dict) -> SwinTransformer:
     for stage, sizes in zip(model.layers, stages, strict=True):
         width = sizes["embed_dim"]
         if isinstance(stage.downsample, PatchMerging):
-            stage.downsample.norm = nn.LayerNorm(MERGED * before, eps=description["norm_eps"])
-            stage.downsample.reduction = nn.Linear(MERGED * before, width, bias=False)
+            stage.downsample.norm = resized(stage.downsample.norm, MERGED * before)
+            stage.downsample.reduction = resized(stage.downsample.reduction, MERGED * before, width)
         for block, block_sizes in zip(stage.blocks, sizes["blocks"], strict=True):
-            _set_block(block, width, block_sizes, description)
+            _set_block(block, width, block_sizes, description["activation"])
         before = width
-    model.norm = nn.LayerNorm(before, eps=description["norm_eps"])
+    model.norm = resized(model.norm, before)
     model.num_features = before
     model.reset_classifier(description["num_classes"], description["global_pool"])
     sync_sizes(model, [(block["heads"], block["head_dim"]) for stage in stages for block in stage["blocks"]])
@@ -287,20 +294,22 @@ _DESCRIPTION_KEYS = {
 def _set_patch_embed(model: SwinTransformer, width: int) -> None:
     proj, norm = model.patch_embed.proj, model.patch_embed.norm
     model.patch_embed.proj = nn.Conv2d(proj.in_channels, width, proj.kernel_size, proj.stride)
-    model.patch_embed.norm = nn.LayerNorm(width, eps=norm.eps)
+    model.patch_embed.norm = resized(norm, width)
 
 
-def _set_block(block: SwinTransformerBlock, width: int, sizes: dict, description: dict) -> None:
+def _set_block(block: SwinTransformerBlock, width: int, sizes: dict, activation_name: str) -> None:
     """Give a block layers of the described sizes."""
     heads, attn_dim, hidden = sizes["heads"], sizes["heads"] * sizes["head_dim"], sizes["hidden"]
-    block.norm1, block.norm2 = (nn.LayerNorm(width, eps=description["norm_eps"]) for _ in range(2))
+    block.norm1, block.norm2 = resized(block.norm1, width), resized(block.norm2, width)
     table = block.attn.relative_position_bias_table
     block.attn.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table.new_empty(len(table), heads)))
-    block.attn.qkv = nn.Linear(width, 3 * attn_dim, bias=description["qkv_bias"])
-    block.attn.proj = nn.Linear(attn_dim, width)
+    block.attn.qkv, block.attn.proj = (
+        resized(block.attn.qkv, width, 3 * attn_dim),
+        resized(block.attn.proj, attn_dim, width),
+    )
     block.attn.scale = sizes["head_dim"] ** -0.5
-    block.mlp.fc1, block.mlp.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-    block.mlp.act = ACTIVATION_LAYERS[description["activation"]]()
+    block.mlp.fc1, block.mlp.fc2 = resized(block.mlp.fc1, width, hidden), resized(block.mlp.fc2, hidden, width)
+    block.mlp.act = ACTIVATION_LAYERS[activation_name]()
 
 
 def _block(
@@ -312,7 +321,7 @@ def _block(
     norm_mask: Tensor | None,
 ) -> Tensor:
     """A transformer block with masks, from stream to stream, (B, N, D)."""
-    windows = _to_windows(block, _norm(block.norm1, x, norm_mask))
+    windows = _to_windows(block, masked_norm(block.norm1, x, norm_mask))
     attn, mlp = block.attn, block.mlp
     bias = attn._get_rel_pos_bias()  # (1, H, N, N)
     bias = bias[0] if block.attn_mask is None else bias + block.attn_mask[:, None]
@@ -320,9 +329,9 @@ def _block(
         windows, attn.qkv.weight, attn.qkv.bias, attention_mask, attn.scale, attention_bias=bias
     )
     branch = _from_windows(block, attn.proj(attended))
-    x, normalized = _add_norm(x, branch, nn.Identity(), block.drop_path1, residual_mask, block.norm2, norm_mask)
+    x, normalized = add_norm(x, branch, nn.Identity(), block.drop_path1, residual_mask, block.norm2, norm_mask)
     fc1, fc2 = mlp.fc1, mlp.fc2
-    branch = masked_mlp(normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, _activation(mlp.act))
+    branch = masked_mlp(normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, activation(mlp.act))
     return x + block.drop_path2(branch if residual_mask is None else branch * residual_mask)
 
 
@@ -332,7 +341,7 @@ def _merge(merging: PatchMerging, x: Tensor, resolution: tuple[int, int], norm_m
     x = F.pad(x, (0, 0, 0, resolution[1] % 2, 0, resolution[0] % 2))
     x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H / 2, 2, W / 2, 2, D)
     x = x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
-    return merging.reduction(_norm(merging.norm, x, None if norm_mask is None else norm_mask.repeat(MERGED)))
+    return merging.reduction(masked_norm(merging.norm, x, None if norm_mask is None else norm_mask.repeat(MERGED)))
 
 
 def _to_windows(block: SwinTransformerBlock, x: Tensor) -> Tensor:
@@ -391,11 +400,6 @@ def _width_couplings(model: SwinTransformer, s: int) -> Iterator[Coupling]:
         yield Coupling("head.fc.weight", 1)
 
 
-def _scale(norm: nn.LayerNorm, scale: Tensor) -> None:
-    norm.weight.mul_(scale)
-    norm.bias.mul_(scale)
-
-
 def _obstacles(model: SwinTransformer) -> Iterator[tuple[bool, str]]:
     """(whether it stands in the way, what it is) for everything the search cannot handle."""
     yield model.dynamic_img_size, "dynamic_img_size is not supported; give a fixed img_size"
@@ -410,6 +414,5 @@ def _obstacles(model: SwinTransformer) -> Iterator[tuple[bool, str]]:
         yield type(attn) is not WindowAttention, f"{name}.attn: expected timm's WindowAttention"
         yield attn.attn_drop.p > 0 or attn.proj_drop.p > 0, f"{name}.attn: expected no dropout"
         yield type(mlp) is not Mlp, f"{name}.mlp: expected timm's Mlp, got {type(mlp).__name__}"
-        plain = isinstance(mlp.norm, nn.Identity) and mlp.drop1.p == 0
-        yield not plain, f"{name}.mlp: expected no norm, no dropout"
-        yield _activation(mlp.act) is None, f"{name}.mlp: activation {type(mlp.act).__name__} is not supported"
+        yield present(mlp.norm) or mlp.drop1.p > 0, f"{name}.mlp: expected no norm, no dropout"
+        yield activation(mlp.act) is None, f"{name}.mlp: activation {type(mlp.act).__name__} is not supported"

@@ -1,80 +1,88 @@
-"""timm's VisionTransformer (ViT, DeiT, distilled DeiT): submodules, masked forward pass, folding, description.
+"""timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP, …): submodules, masked forward pass, folding.
 
-Submodules are "embed" (the residual width), "attn0", "attn1", … (heads × channels) and "mlp0", "mlp1", ….
+Submodules are "embed" (the residual width), "attn0", "attn1", … (heads × channels), "mlp0", "mlp1", …, and "pool" where
+the tokens are pooled by attention.
+timm's Eva has the same anatomy but for what `families.eva` says, and shares these functions.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
-from timm.layers import Mlp, PatchEmbed
-from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ofb.supernet.families import attentions, mlps, pools
+from ofb.supernet.families.layers import Submodule, add_norm, masked_norm, present, scale_rows, sync_layers
+from ofb.supernet.families.vit_checks import check
+from ofb.supernet.families.vit_description import build, describe
 from ofb.supernet.macs import Macs
 from ofb.supernet.masked_images import TokenArea
 from ofb.supernet.pruning import Coupling
-from ofb.supernet.search_space import Candidates, attention_candidates, embed_candidates, mlp_candidates
-from ofb_kernels import masked_add_layer_norm, masked_layer_norm, masked_mlp, masked_qkv_attention
+from ofb.supernet.search_space import Candidates, embed_candidates, mlp_candidates
+
+__all__ = [
+    "NAME",
+    "blocks",
+    "build",
+    "check",
+    "describe",
+    "features",
+    "fold",
+    "logits",
+    "macs",
+    "patch_embeddings",
+    "patch_tokens",
+    "submodules",
+    "sync_sizes",
+    "token_area",
+]
 
 NAME = "vit"
-ACTIVATION_LAYERS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "relu": nn.ReLU, "silu": nn.SiLU}
-
-
-@dataclass(frozen=True)
-class Submodule:
-    """A searchable submodule: its candidate sizes and the parameter dimensions that hold its units."""
-
-    candidates: Candidates
-    couplings: tuple[Coupling, ...]
-
-
-def check(model: nn.Module) -> None:
-    """Raise ValueError, saying why, where the model is no Vision Transformer that can be searched."""
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        got = f"{type(model).__module__}.{type(model).__name__}"
-        raise ValueError(f"model: expected a timm VisionTransformer (ViT or DeiT), got {got}")
-    for wrong, reason in _obstacles(model):
-        if wrong:
-            raise ValueError(f"model: cannot be searched: {reason}")
 
 
 def submodules(model: VisionTransformer) -> dict[str, Submodule]:
     """All searchable submodules at the model's present sizes; couplings name the model's own parameters."""
-    found = {"embed": Submodule(embed_candidates(model.embed_dim), tuple(_embed_couplings(model)))}
+    widths = Candidates((1,), (model.embed_dim,)) if pools.width_stays(model) else embed_candidates(model.embed_dim)
+    found = {"embed": Submodule(widths, tuple(_embed_couplings(model)))}
+    rotated = getattr(model, "rope", None) is not None
     for i, block in enumerate(model.blocks):
-        attention = [Coupling(f"blocks.{i}.attn.qkv.weight", 0, 3), Coupling(f"blocks.{i}.attn.proj.weight", 1)]
-        if block.attn.qkv.bias is not None:
-            attention.append(Coupling(f"blocks.{i}.attn.qkv.bias", 0, 3))
-        mlp = [Coupling(f"blocks.{i}.mlp.fc1.weight", 0), Coupling(f"blocks.{i}.mlp.fc2.weight", 1)]
-        if block.mlp.fc1.bias is not None:
-            mlp.append(Coupling(f"blocks.{i}.mlp.fc1.bias", 0))
-        heads, head_dim = block.attn.num_heads, block.attn.head_dim
-        found[f"attn{i}"] = Submodule(attention_candidates(heads, head_dim), tuple(attention))
-        found[f"mlp{i}"] = Submodule(mlp_candidates(block.mlp.fc1.out_features), tuple(mlp))
-    return found
+        attn, mlp, name = block.attn, block.mlp, f"blocks.{i}"
+        found[f"attn{i}"] = Submodule(
+            attentions.candidates(attn, rotated),
+            tuple(attentions.couplings(attn, f"{name}.attn")),
+            present(getattr(attn, "norm", None)),
+        )
+        found[f"mlp{i}"] = Submodule(
+            mlp_candidates(mlps.hidden_units(mlp)), tuple(mlps.couplings(mlp, f"{name}.mlp")), present(mlp.norm)
+        )
+    return found if model.attn_pool is None else found | {"pool": pools.submodule(model)}
 
 
 def macs(model: VisionTransformer) -> Macs:
-    """Cost model: 4·N·D + 2·N² for a channel of attention, 2·N·D for a hidden channel, N tokens, width D."""
+    """Cost model: 4·N·D + 2·N² for a channel of attention, 2·N·D for a hidden channel, 3·N·D for one with a gate,
+    N tokens, width D."""
     patches, tokens = model.patch_embed.num_patches, model.patch_embed.num_patches + model.num_prefix_tokens
-    projection = model.patch_embed.proj.weight[0].numel()
-    classifiers = sum(head.out_features for head in _classifiers(model))
-    linear, products = {"embed": patches * projection + classifiers}, {}
-    for i in range(len(model.blocks)):
+    classified = 1 if model.global_pool else tokens
+    for_width = patches * model.patch_embed.proj.weight[0].numel()
+    for_width += classified * sum(head.out_features for head in _classifiers(model))
+    linear, products = {"embed": for_width}, {}
+    for i, block in enumerate(model.blocks):
         linear[f"attn{i}"] = 2 * tokens**2
-        products |= {(f"attn{i}", "embed"): 4 * tokens, (f"mlp{i}", "embed"): 2 * tokens}
+        products[f"attn{i}", "embed"] = 4 * tokens
+        products[f"mlp{i}", "embed"] = mlps.matrices(block.mlp) * tokens
+    if model.attn_pool is not None:
+        pooled = tokens if getattr(model, "pool_include_prefix", True) else patches
+        linear["pool"], pool_for_width, products["pool", "embed"] = pools.macs(model, pooled)
+        linear["embed"] += pool_for_width
     return Macs(("embed",), linear, products)
 
 
 def token_area(model: VisionTransformer) -> TokenArea:
     """A patch."""
-    rows, columns = model.patch_embed.grid_size
-    return TokenArea(model.patch_embed.patch_size[0], rows, columns)
+    return TokenArea(tuple(model.patch_embed.patch_size), *model.patch_embed.grid_size)
 
 
 def blocks(model: VisionTransformer) -> list[nn.Module]:
@@ -83,8 +91,15 @@ def blocks(model: VisionTransformer) -> list[nn.Module]:
 
 
 def patch_embeddings(model: VisionTransformer, images: Tensor) -> Tensor:
-    """(B, patches, D), before mask tokens and position embedding."""
-    return model.patch_embed(images)
+    """(B, patches, D), before the norm that may belong to them, mask tokens and position embedding.
+
+    Raises:
+        ValueError: the images are not of the model's size; a search is at one size, even with dynamic_img_size.
+    """
+    if tuple(images.shape[-2:]) != tuple(model.patch_embed.img_size):
+        expected, got = " × ".join(map(str, model.patch_embed.img_size)), " × ".join(map(str, images.shape[-2:]))
+        raise ValueError(f"images: expected {expected} pixels, got {got}; resize them, or make the model with img_size")
+    return model.patch_embed.proj(images).flatten(2).mT
 
 
 def features(
@@ -101,14 +116,17 @@ def features(
         patches: (B, patches, D) patch embeddings.
         masks: m of every submodule: (1, D) or (1, hidden), (H, d) for attention.
         residual_masks: (D,) of the residual width, applied to every block's output into the stream; empty leaves it.
-        norm_masks: (D,), V of the residual width, with which LayerNorm weighs channels; empty for plain LayerNorm.
+        norm_masks: V of open submodules, flat, with which the norms over their units weigh them: of the residual width
+            (none for plain norms), and of the submodules that are `normed`.
     """
     residual_mask, norm_mask = residual_masks.get("embed"), norm_masks.get("embed")
-    x = model._pos_embed(patches) * masks["embed"]
+    x, rope = _embedded(model, masked_norm(model.patch_embed.norm, patches, norm_mask))
+    x = masked_norm(model.norm_pre, x, norm_mask) * masks["embed"]
     blocks = list(model.blocks)
-    normalized = _norm(blocks[0].norm1, x, norm_mask)
+    normalized = masked_norm(blocks[0].norm1, x, norm_mask)
     for i, (block, next_norm) in enumerate(zip(blocks, [*(b.norm1 for b in blocks[1:]), model.norm], strict=True)):
         inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), residual_mask, norm_mask)
+        inputs += (norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"), rope)
         if model.grad_checkpointing and torch.is_grad_enabled():
             x, normalized = checkpoint(_block, block, next_norm, *inputs, use_reentrant=False)
         else:
@@ -116,37 +134,50 @@ def features(
     return normalized
 
 
-def logits(model: VisionTransformer, tokens: Tensor) -> Tensor:
-    """(B, classes) from the tokens after the final norm."""
-    return model.forward_head(tokens)
+def logits(
+    model: VisionTransformer,
+    tokens: Tensor,
+    masks: Mapping[str, Tensor],
+    residual_masks: Mapping[str, Tensor] = MappingProxyType({}),
+    norm_masks: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:
+    """(B, classes) from the tokens after the final norm; what was pooled (B, D) where the model has no classifier.
+
+    Args:
+        model: the timm model.
+        tokens: (B, N, D).
+        masks: as in `features`, as are the others.
+        residual_masks: of the residual width.
+        norm_masks: V of open submodules.
+    """
+    if isinstance(model, VisionTransformerDistilled):
+        return model.forward_head(tokens)
+    norm_mask = norm_masks.get("embed")
+    if model.attn_pool is None:
+        pooled = model.pool(tokens)
+    else:
+        pool, mask, tokens = pools.pool_of(model), masks["pool"].flatten(), pools.pooled_tokens(model, tokens)
+        pooled = pools.masked_forward(pool, tokens, mask, residual_masks.get("embed"), norm_mask)
+    return model.head(model.head_drop(masked_norm(model.fc_norm, pooled, norm_mask)))
 
 
 def patch_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
-    """(B, patches, D): the tokens without class and distillation token."""
+    """(B, patches, D): the tokens without class, distillation and register tokens."""
     return tokens[:, model.num_prefix_tokens :]
 
 
 @torch.no_grad()
 def fold(model: VisionTransformer, masks: Mapping[str, Tensor], residual_masks: Mapping[str, Tensor]) -> None:
-    """Multiply final masks into the weights, in place: the plain forward pass then computes the masked function.
-
-    timm's attention scales by (new head size)^−½, the supernet kept the old scale: the ratio goes into q.
-    """
-    embed = masks["embed"].flatten()
-    model.patch_embed.proj.weight.mul_(embed[:, None, None, None])
-    for vector in (model.patch_embed.proj.bias, model.cls_token, getattr(model, "dist_token", None), model.pos_embed):
-        if vector is not None:
-            vector.mul_(embed)
+    """Multiply final masks into the weights, in place: the plain forward pass then computes the masked function."""
+    _fold_embedding(model, masks["embed"].flatten())
     for i, block in enumerate(model.blocks):
-        attention, mlp = masks[f"attn{i}"], masks[f"mlp{i}"].flatten()
-        scale_ratio = block.attn.scale * block.attn.head_dim**0.5
-        block.attn.scale = block.attn.head_dim**-0.5
-        qkv = torch.stack([attention * scale_ratio, attention, attention]).flatten()
-        _scale_rows(block.attn.qkv, qkv)
-        _scale_rows(block.mlp.fc1, mlp)
+        attentions.fold(block.attn, masks[f"attn{i}"])
+        mlps.fold(block.mlp, masks[f"mlp{i}"].flatten())
         if residual_masks:
-            _scale_rows(block.attn.proj, residual_masks["embed"])
-            _scale_rows(block.mlp.fc2, residual_masks["embed"])
+            scale_rows(block.attn.proj, residual_masks["embed"])
+            scale_rows(block.mlp.fc2, residual_masks["embed"])
+    if model.attn_pool is not None:
+        pools.fold(model, masks["pool"].flatten(), residual_masks.get("embed"))
 
 
 def sync_sizes(model: VisionTransformer, attention_sizes: list[tuple[int, int]]) -> None:
@@ -154,146 +185,36 @@ def sync_sizes(model: VisionTransformer, attention_sizes: list[tuple[int, int]])
 
     The attention's softmax scale stays what it was.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.LayerNorm):
-            module.normalized_shape = tuple(module.weight.shape)
+    sync_layers(model)
     model.embed_dim = model.num_features = model.head_hidden_size = model.patch_embed.proj.weight.shape[0]
     model.patch_embed.proj.out_channels = model.patch_embed.embed_dim = model.embed_dim
     for info in getattr(model, "feature_info", []):
         info["num_chs"] = model.embed_dim
     for block, (heads, channels) in zip(model.blocks, attention_sizes, strict=True):
-        block.attn.num_heads, block.attn.head_dim, block.attn.attn_dim = heads, channels, heads * channels
-
-
-def describe(model: VisionTransformer) -> dict:
-    """Everything that `build` needs, for a plain (folded) model."""
-    block, patch_embed = model.blocks[0], model.patch_embed
-    return {
-        "distilled": isinstance(model, VisionTransformerDistilled),
-        "img_size": list(patch_embed.img_size),
-        "patch_size": patch_embed.patch_size[0],
-        "in_chans": patch_embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "embed_dim": model.embed_dim,
-        "no_embed_class": model.no_embed_class,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "proj_bias": block.attn.proj.bias is not None,
-        "layer_scale": not isinstance(block.ls1, nn.Identity),
-        "norm_eps": block.norm1.eps,
-        "activation": _activation(block.mlp.act),
-        "blocks": [
-            {"heads": b.attn.num_heads, "head_dim": b.attn.head_dim, "hidden": b.mlp.fc1.out_features}
-            for b in model.blocks
-        ],
-    }
-
-
-def build(description: dict) -> VisionTransformer:
-    """A timm model of this architecture with fresh weights, each block at its own sizes."""
-    missing = sorted(_DESCRIPTION_KEYS - description.keys())
-    if missing:
-        raise ValueError(f"description: expected entries {', '.join(sorted(_DESCRIPTION_KEYS))}, lacking {missing}")
-    cls = VisionTransformerDistilled if description["distilled"] else VisionTransformer
-    model = cls(
-        img_size=tuple(description["img_size"]),
-        patch_size=description["patch_size"],
-        in_chans=description["in_chans"],
-        num_classes=description["num_classes"],
-        embed_dim=description["embed_dim"],
-        depth=len(description["blocks"]),
-        num_heads=1,  # the blocks get their own below
-        no_embed_class=description["no_embed_class"],
-        qkv_bias=description["qkv_bias"],
-        proj_bias=description["proj_bias"],
-        init_values=1e-5 if description["layer_scale"] else None,
-        norm_layer=lambda dim, **kwargs: nn.LayerNorm(dim, eps=description["norm_eps"], **kwargs),
-        act_layer=ACTIVATION_LAYERS[description["activation"]],
-    )
-    width = description["embed_dim"]
-    for block, sizes in zip(model.blocks, description["blocks"], strict=True):
-        attn_dim, hidden = sizes["heads"] * sizes["head_dim"], sizes["hidden"]
-        block.attn.qkv = nn.Linear(width, 3 * attn_dim, bias=description["qkv_bias"])
-        block.attn.proj = nn.Linear(attn_dim, width, bias=description["proj_bias"])
-        block.attn.scale = sizes["head_dim"] ** -0.5
-        block.mlp.fc1 = nn.Linear(width, hidden, bias=description["proj_bias"])
-        block.mlp.fc2 = nn.Linear(hidden, width, bias=description["proj_bias"])
-    sync_sizes(model, [(sizes["heads"], sizes["head_dim"]) for sizes in description["blocks"]])
-    return model
-
-
-_DESCRIPTION_KEYS = {
-    "distilled", "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "no_embed_class",
-    "qkv_bias", "proj_bias", "layer_scale", "norm_eps", "activation", "blocks",
-}  # fmt: skip
-
-
-def _block(
-    block: Block,
-    next_norm: nn.LayerNorm,
-    x: Tensor,
-    normalized: Tensor,
-    attention_mask: Tensor,
-    mlp_mask: Tensor,
-    residual_mask: Tensor | None,
-    norm_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """A transformer block with masks, from norm to norm: it takes the stream and its norm1, and returns the new stream
-    and what the next norm makes of it."""
-    attn, mlp = block.attn, block.mlp
-    attended = masked_qkv_attention(normalized, attn.qkv.weight, attn.qkv.bias, attention_mask, attn.scale)
-    branch = attn.proj(attended)
-    x, normalized = _add_norm(x, branch, block.ls1, block.drop_path1, residual_mask, block.norm2, norm_mask)
-    fc1, fc2 = mlp.fc1, mlp.fc2
-    branch = masked_mlp(normalized, fc1.weight, fc1.bias, mlp_mask, fc2.weight, fc2.bias, _activation(mlp.act))
-    return _add_norm(x, branch, block.ls2, block.drop_path2, residual_mask, next_norm, norm_mask)
-
-
-def _add_norm(
-    x: Tensor,
-    branch: Tensor,
-    layer_scale: nn.Module,
-    drop_path: nn.Module,
-    residual_mask: Tensor | None,
-    norm: nn.LayerNorm,
-    norm_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The new stream x + drop_path(layer_scale(branch ⊙ mask)), and its norm.
-
-    Mask, layer scale and drop path all only scale: they are multiplied together before they meet the branch.
-    """
-    if residual_mask is None:
-        x = x + drop_path(layer_scale(branch))
-        return x, norm(x)
-    branch_mask = layer_scale(residual_mask)
-    if norm_mask is None:
-        x = torch.addcmul(x, branch, drop_path(branch_mask.expand(len(x), 1, -1)))
-        return x, norm(x)
-    drops = drop_path.training and not isinstance(drop_path, nn.Identity)
-    sample_scale = drop_path(branch_mask.new_ones(len(x))) if drops else None
-    return masked_add_layer_norm(
-        x, branch, branch_mask, norm.weight, norm.bias, norm_mask, norm.eps, sample_scale=sample_scale
-    )
-
-
-def _norm(norm: nn.LayerNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return norm(x)
-    return masked_layer_norm(x, norm.weight, norm.bias, mask, norm.eps)
+        attentions.set_sizes(block.attn, heads, channels)
 
 
 def _embed_couplings(model: VisionTransformer) -> list[Coupling]:
     """The residual width runs through the whole network."""
-    dims = {"patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0, "cls_token": 2, "dist_token": 2, "pos_embed": 2}
-    dims |= {"norm.weight": 0, "norm.bias": 0, "head.weight": 1, "head_dist.weight": 1}
+    norms = ("patch_embed.norm", "norm_pre", "norm", "fc_norm")
+    dims = {f"{layer}.{kind}": 0 for layer in (*norms, "patch_embed.proj") for kind in ("weight", "bias")}
+    dims |= {"cls_token": 2, "dist_token": 2, "reg_token": 2, "pos_embed": 2, "head.weight": 1, "head_dist.weight": 1}
     for i in range(len(model.blocks)):
-        dims |= {f"blocks.{i}.{norm}.{kind}": 0 for norm in ("norm1", "norm2") for kind in ("weight", "bias")}
-        dims |= {f"blocks.{i}.{linear}.weight": 1 for linear in ("attn.qkv", "mlp.fc1")}
-        dims |= {f"blocks.{i}.{linear}.{kind}": 0 for linear in ("attn.proj", "mlp.fc2") for kind in ("weight", "bias")}
-        dims |= {f"blocks.{i}.{scale}.gamma": 0 for scale in ("ls1", "ls2")}
-    present = dict(model.named_parameters())
-    return [Coupling(name, dim) for name, dim in dims.items() if name in present]
+        readers = (
+            "attn.qkv",
+            *(f"attn.{name}" for name in attentions.PROJECTIONS),
+            "mlp.fc1",
+            "mlp.fc1_g",
+            "mlp.fc1_x",
+        )
+        writers = ("norm1", "norm2", "attn.proj", "mlp.fc2")
+        dims |= {f"blocks.{i}.{layer}.weight": 1 for layer in readers}
+        dims |= {f"blocks.{i}.{layer}.{kind}": 0 for layer in writers for kind in ("weight", "bias")}
+        dims |= {f"blocks.{i}.{scale}": 0 for scale in ("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2")}
+    if model.attn_pool is not None:
+        dims |= pools.width_couplings(model)
+    present_names = dict(model.named_parameters())
+    return [Coupling(name, dim) for name, dim in dims.items() if name in present_names]
 
 
 def _classifiers(model: VisionTransformer) -> list[nn.Linear]:
@@ -301,42 +222,50 @@ def _classifiers(model: VisionTransformer) -> list[nn.Linear]:
     return [head for head in heads if isinstance(head, nn.Linear)]
 
 
-def _scale_rows(linear: nn.Linear, scale: Tensor) -> None:
-    linear.weight.mul_(scale[:, None])
-    if linear.bias is not None:
-        linear.bias.mul_(scale)
+def _embedded(model: VisionTransformer, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+    """All tokens (B, N, D) with position embedding, and the rotary one where the model has it."""
+    if model.dynamic_img_size:
+        patches = patches.unflatten(1, model.patch_embed.grid_size)
+    embedded = model._pos_embed(patches)
+    return embedded if isinstance(embedded, tuple) else (embedded, None)
 
 
-def _activation(layer: nn.Module) -> str | None:
-    """Name of an activation in ofb_kernels, None where it has none."""
-    if isinstance(layer, nn.GELU):
-        return "gelu" if layer.approximate == "none" else "gelu_tanh"
-    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(layer))
+def _block(
+    block: nn.Module,
+    next_norm: nn.Module,
+    x: Tensor,
+    normalized: Tensor,
+    attention_mask: Tensor,
+    mlp_mask: Tensor,
+    residual_mask: Tensor | None,
+    norm_mask: Tensor | None,
+    attention_norm_mask: Tensor | None,
+    mlp_norm_mask: Tensor | None,
+    rope: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A transformer block with masks, from norm to norm: it takes the stream and its norm1, and returns the new stream
+    and what the next norm makes of it."""
+    branch = attentions.masked_forward(block.attn, normalized, attention_mask, attention_norm_mask, rope)
+    scale1, scale2 = _layer_scales(block)
+    x, normalized = add_norm(x, branch, scale1, block.drop_path1, residual_mask, block.norm2, norm_mask)
+    branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, mlp_norm_mask)
+    return add_norm(x, branch, scale2, block.drop_path2, residual_mask, next_norm, norm_mask)
 
 
-def _obstacles(model: VisionTransformer) -> Iterator[tuple[bool, str]]:
-    """(whether it stands in the way, what it is) for everything the search cannot handle."""
-    yield model.cls_token is None or model.global_pool != "token", "expected a class token and global_pool='token'"
-    yield getattr(model, "reg_token", None) is not None, "register tokens are not supported"
-    yield model.pos_embed is None, "expected an absolute position embedding (pos_embed)"
-    yield model.dynamic_img_size, "dynamic_img_size is not supported; give a fixed img_size"
-    yield type(model.patch_embed) is not PatchEmbed, "expected timm's PatchEmbed"
-    yield not isinstance(model.patch_embed.norm, nn.Identity), "a norm in the patch embedding is not supported"
-    yield len(set(model.patch_embed.patch_size)) > 1, "expected square patches"
-    yield not isinstance(model.norm_pre, nn.Identity), "a norm before the blocks (norm_pre) is not supported"
-    yield not isinstance(model.patch_drop, nn.Identity), "patch_drop_rate > 0 clashes with masked image modelling"
-    yield not isinstance(model.fc_norm, nn.Identity), "a norm before the classifier (fc_norm) is not supported"
-    norms = [module for name, module in model.named_modules() if name.split(".")[-1].startswith("norm")]
-    allowed = (nn.LayerNorm, nn.Identity)
-    yield not all(isinstance(norm, allowed) for norm in norms), "expected LayerNorm everywhere"
-    for i, block in enumerate(model.blocks):
-        yield type(block) is not Block, f"blocks.{i}: expected timm's pre-norm Block, got {type(block).__name__}"
-        attn, mlp = block.attn, block.mlp
-        yield type(attn) is not Attention, f"blocks.{i}.attn: expected timm's Attention, got {type(attn).__name__}"
-        extras = (attn.q_norm, attn.k_norm, getattr(attn, "norm", None), getattr(attn, "gate", None))
-        has_extras = any(not isinstance(extra, nn.Identity | None) for extra in extras)
-        yield has_extras, f"blocks.{i}.attn: qk_norm, scale_norm or a gate is not supported"
-        yield attn.attn_drop.p > 0 or attn.proj_drop.p > 0, f"blocks.{i}.attn: expected no attention dropout"
-        yield type(mlp) is not Mlp, f"blocks.{i}.mlp: expected timm's Mlp, got {type(mlp).__name__}"
-        yield not isinstance(mlp.norm, nn.Identity) or mlp.drop1.p > 0, f"blocks.{i}.mlp: expected no norm, no dropout"
-        yield _activation(mlp.act) is None, f"blocks.{i}.mlp: activation {type(mlp.act).__name__} is not supported"
+def _layer_scales(block: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+    """LayerScale of both branches: modules in timm's Block, parameters in its EvaBlock."""
+    if hasattr(block, "ls1"):
+        return [block.ls1, block.ls2]
+    return [nn.Identity() if gamma is None else gamma.mul for gamma in (block.gamma_1, block.gamma_2)]
+
+
+def _fold_embedding(model: VisionTransformer, mask: Tensor) -> None:
+    """What makes the tokens gets the mask: the norm before the blocks, or else all that is added or concatenated."""
+    if present(model.norm_pre):
+        scale_rows(model.norm_pre, mask)
+        return
+    patch_embed = model.patch_embed
+    scale_rows(patch_embed.norm if present(patch_embed.norm) else patch_embed.proj, mask)
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        if getattr(model, name, None) is not None:
+            getattr(model, name).mul_(mask)

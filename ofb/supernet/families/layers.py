@@ -1,0 +1,127 @@
+"""timm's small layers under masks, shared by the families: norms, residual branches, activations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from timm.layers import RmsNorm
+from timm.layers.activations import GELUTanh, QuickGELU
+from torch import Tensor, nn
+
+from ofb.supernet.pruning import Coupling
+from ofb.supernet.search_space import Candidates
+from ofb_kernels import masked_add_layer_norm, masked_layer_norm
+
+# A unit whose mask is 0 must add nothing: activations that are 0 at 0.
+ACTIVATION_LAYERS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+NORM_LAYERS = {"layernorm": nn.LayerNorm, "rmsnorm": RmsNorm}
+
+
+@dataclass(frozen=True)
+class Submodule:
+    """A searchable submodule.
+
+    Attributes:
+        candidates: its sizes.
+        couplings: the parameter dimensions that hold its units.
+        normed: whether a norm inside the block runs over its units, and has to weigh them while their number is open.
+    """
+
+    candidates: Candidates
+    couplings: tuple[Coupling, ...]
+    normed: bool = False
+
+
+def activation(layer: nn.Module) -> str | None:
+    """Name of an activation in `ACTIVATION_LAYERS`, None where it is none of these."""
+    if isinstance(layer, nn.GELU):
+        return "gelu" if layer.approximate == "none" else "gelu_tanh"
+    return {GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(layer))
+
+
+def norm_kind(norm: nn.Module) -> str | None:
+    """Name of a norm in `NORM_LAYERS`, None where it is none of these or has no weight."""
+    for name, layer in NORM_LAYERS.items():
+        if isinstance(norm, layer) and norm.weight is not None:
+            return name
+    return None
+
+
+def present(*layers: nn.Module | None) -> bool:
+    """Whether one of some optional layers is there: neither None nor an Identity."""
+    return any(not isinstance(layer, nn.Identity | None) for layer in layers)
+
+
+def masked_norm(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """A norm that weighs channels by the mask, its output ⊙ mask; as it is without a mask."""
+    if mask is None or isinstance(norm, nn.Identity):
+        return norm(x)
+    if isinstance(norm, RmsNorm):
+        return _masked_rms_norm(norm, x, mask)
+    return masked_layer_norm(x, norm.weight, norm.bias, mask, norm.eps)
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Callable[[Tensor], Tensor],
+    drop_path: nn.Module,
+    residual_mask: Tensor | None,
+    norm: nn.Module,
+    norm_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The new stream x + drop_path(layer_scale(branch ⊙ mask)), and its norm.
+
+    Mask, layer scale and drop path all only scale: they are multiplied together before they meet the branch.
+    """
+    if residual_mask is None:
+        x = x + drop_path(layer_scale(branch))
+        return x, norm(x)
+    branch_mask = layer_scale(residual_mask)
+    if norm_mask is None or not isinstance(norm, nn.LayerNorm):
+        x = torch.addcmul(x, branch, drop_path(branch_mask.expand(len(x), 1, -1)))
+        return x, masked_norm(norm, x, norm_mask)
+    drops = drop_path.training and not isinstance(drop_path, nn.Identity)
+    sample_scale = drop_path(branch_mask.new_ones(len(x))) if drops else None
+    return masked_add_layer_norm(
+        x, branch, branch_mask, norm.weight, norm.bias, norm_mask, norm.eps, sample_scale=sample_scale
+    )
+
+
+def scale_rows(layer: nn.Module, scale: Tensor) -> None:
+    """Multiply a layer's outputs, in its parameters: rows of a linear layer or convolution, entries of a norm."""
+    layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.mul_(scale)
+
+
+def resized(layer: nn.Module, *sizes: int) -> nn.Module:
+    """A fresh layer of the same kind: (inputs, outputs) of a linear layer, channels of a norm; an Identity stays."""
+    if isinstance(layer, nn.Identity):
+        return layer
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(*sizes, bias=layer.bias is not None)
+    options = {"bias": False} if isinstance(layer, nn.LayerNorm) and layer.bias is None else {}
+    return NORM_LAYERS[norm_kind(layer)](*sizes, eps=layer.eps, **options)
+
+
+def sync_layers(model: nn.Module) -> None:
+    """Bring the size attributes of linear layers and norms in line with their parameters."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.LayerNorm | RmsNorm):
+            module.normalized_shape = tuple(module.weight.shape)
+
+
+def _masked_rms_norm(norm: RmsNorm, x: Tensor, mask: Tensor) -> Tensor:
+    """√(Σ mᵢxᵢ² / Σ mᵢ) divides instead of the root of the plain mean."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = (wide.square() * mask).sum(-1, keepdim=True) / mask.sum()
+    return (wide * (mean_square + norm.eps).rsqrt() * (norm.weight * mask)).to(x.dtype)
