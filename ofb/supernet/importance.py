@@ -21,7 +21,8 @@ def leave_one_out(
         units: at most so many of each submodule, drawn from torch's generator.
 
     Returns:
-        For each submodule that was searched and has at least three units, importances and loss changes, both in the order drawn.
+        For each submodule that was searched and has at least three units, importances and loss changes, both in
+        the order drawn.
     """
     model = supernet.extract().eval()
     submodules = supernet.family.submodules(model)

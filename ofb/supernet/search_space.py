@@ -69,8 +69,8 @@ class SearchSpace:
 
     Args:
         round_to: residual widths and hidden sizes are moved to the nearest multiple of it, channels of a head to that
-            of `round_to` or 8, whichever is smaller. The full size stays as it is, multiple or not. A submodule that would
-            be left with fewer than 4 sizes keeps its sizes as they are; 1 rounds nothing.
+            of `round_to` or 8, whichever is smaller. The full size stays as it is, multiple or not. A submodule that
+            would be left with fewer than 4 sizes keeps its sizes as they are; 1 rounds nothing.
         freeze: patterns of the submodules that are not searched; they keep their full size.
         candidates: the sizes of the submodules that match a pattern instead of their own, taken as they are: a list;
             for attention {"heads": list, "channels": list} or one of the two. Sizes not in the list, the full one
