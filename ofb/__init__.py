@@ -5,13 +5,14 @@ from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
 from ofb.hugging_face import from_transformers, to_transformers
-from ofb.supernet import Supernet, adaptive_one_hot_loss
+from ofb.supernet import SearchSpace, Supernet, adaptive_one_hot_loss
 from ofb.supernet.families import Support, supports
 
 __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "SearchConfig",
+    "SearchSpace",
     "Supernet",
     "Support",
     "TrainConfig",

@@ -20,6 +20,7 @@ from ofb.supernet.macs import expected_macs
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
+from ofb.supernet.search_space import SearchSpace
 from ofb.supernet.stack import Stack
 from ofb_kernels import use_backend
 
@@ -51,6 +52,7 @@ class Supernet(nn.Module):
         model: a timm model that `ofb.supports`; taken over, not copied.
         target: cost of the network to find: "50%" of the dense MACs, "1.1G", a number, or {"macs": …}.
         later_targets: ever smaller ones that the search goes on to, each with `next_target()`.
+        space: what you want of the candidate sizes; the defaults of `SearchSpace` if None.
         epochs: length of the search.
         steps_per_epoch: optimizer steps in an epoch (the default is ImageNet-1K at batch 1024).
         warmup_epochs: epochs over which λ falls and the share of masked patches grows; a fifth of `epochs` if None.
@@ -88,6 +90,7 @@ class Supernet(nn.Module):
         target: str | float | Mapping[str, str | float] = "50%",
         *,
         later_targets: Sequence[str | float | Mapping[str, str | float]] = (),
+        space: SearchSpace | None = None,
         epochs: int = 100,
         steps_per_epoch: int = 1251,
         warmup_epochs: float | None = None,
@@ -155,8 +158,9 @@ class Supernet(nn.Module):
         self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
         self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
         self.targets_passed = 0
+        candidates = (space or SearchSpace()).narrow({name: s.candidates for name, s in submodules.items()})
         self.bimasks = nn.ModuleDict(
-            {name: BiMask(s.candidates, score_mean, architecture_init, **like) for name, s in submodules.items()}
+            {name: BiMask(each, score_mean, architecture_init, **like) for name, each in candidates.items()}
         )
         self.score_init = score_init
         if score_init != "random":
@@ -284,7 +288,7 @@ class Supernet(nn.Module):
             self._events_left() if last else None,
         )
         for name, bimask in self.bimasks.items():
-            if not torch.equal(bimask.alive, surviving[name]):
+            if bimask.oversized or not torch.equal(bimask.alive, surviving[name]):
                 self._keep_candidates(name, surviving[name], optimizer, how="pruned")
 
     def finalize(self, optimizer: Optimizer | None = None) -> None:
