@@ -10,8 +10,8 @@ from torch import nn
 
 from ofb.engine.data import data_config
 from ofb.export import count_params
+from ofb.supernet.cost import readable
 from ofb.supernet.families import count_macs
-from ofb.supernet.macs import readable
 
 WARMUP_RUNS, TIMED_RUNS = 10, 100
 

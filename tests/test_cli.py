@@ -11,6 +11,7 @@ import torch
 
 import ofb
 from ofb.cli import main
+from ofb.export import count_params
 from ofb.supernet.families import count_macs
 
 MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=1 num_heads=2 --device cpu"
@@ -74,6 +75,16 @@ def test_several_targets(dense_run, tmp_path, capsys):
     assert {path.name for path in (folder / "export").iterdir()} == {"60%", "40%"}
     macs = {target: count_macs(ofb.load(folder / "export" / target)) for target in ("60%", "40%")}
     assert macs["60%"] > macs["40%"]
+
+
+def test_several_budgets(dense_run, tmp_path, capsys):
+    folder = tmp_path / "search"
+    assert run(SEARCH, "--checkpoint", dense_run, "--target", "macs=60%,params=55%", "--output", str(folder)) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("satisfiable: yes") == 2 and "MACs (60%)" in shown and "parameters (55%)" in shown
+    dense, found = ofb.load(f"{dense_run}/export"), ofb.load(folder / "export")
+    shares = [count(found) / count(dense) / limit for count, limit in ((count_macs, 0.6), (count_params, 0.55))]
+    assert 0.98 <= max(shares) <= 1
 
 
 def test_a_search_learns_from_the_trained_network_it_starts_from(dense_run, tmp_path, monkeypatch):

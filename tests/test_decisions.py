@@ -6,17 +6,17 @@ from torch import nn
 
 from ofb.supernet import decisions
 from ofb.supernet.bimask import BiMask
-from ofb.supernet.macs import Macs
+from ofb.supernet.cost import Cost
 from ofb.supernet.search_space import Candidates
 
-MACS = Macs(("embed",), {"embed": 10, "attn0": 2}, {("attn0", "embed"): 4, ("mlp0", "embed"): 2})
+COSTS = {"macs": Cost(("embed",), {"embed": 10, "attn0": 2}, {("attn0", "embed"): 4, ("mlp0", "embed"): 2})}
 GRIDS = {
     "embed": Candidates((1,), (8, 12, 16)),
     "attn0": Candidates((1, 2), (4, 8)),
     "mlp0": Candidates((1,), (32, 64)),
 }
 # A target that the full sizes meet.
-FULL = round(1.01 * MACS.total({name: candidates.units for name, candidates in GRIDS.items()}))
+FULL = round(1.01 * COSTS["macs"].total({name: candidates.full for name, candidates in GRIDS.items()}))
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def bimasks() -> nn.ModuleDict:
 
 
 def alive_at(bimasks, targets, **options):
-    return decisions.survivors(bimasks, MACS, targets, **{"threshold": 0.2, "events_left": None} | options)
+    return decisions.survivors(
+        bimasks, COSTS, [{"macs": target} for target in targets], **{"threshold": 0.2, "events_left": None} | options
+    )
 
 
 def test_the_unlikely_die(bimasks):
@@ -41,14 +43,14 @@ def test_the_unlikely_die(bimasks):
 
 def test_a_target_keeps_what_it_needs(bimasks):
     """A fourth of the cost is out of reach at full width, so the unlikely widths have to stay."""
-    target = MACS.total({"embed": 8, "attn0": 4, "mlp0": 32})
+    target = COSTS["macs"].total({"embed": (1, 8), "attn0": (1, 4), "mlp0": (1, 32)})
     assert alive_at(bimasks, [target])["embed"].all()
     assert alive_at(bimasks, [FULL, target])["embed"].all()  # a later target counts as well
 
 
 def test_settling_leaves_ever_fewer_and_then_the_chosen(bimasks):
-    target = MACS.total({"embed": 16, "attn0": 8, "mlp0": 32})
-    chosen = decisions.choose(bimasks, MACS, target)
+    target = COSTS["macs"].total({"embed": (1, 16), "attn0": (1, 8), "mlp0": (1, 32)})
+    chosen = decisions.choose(bimasks, COSTS, {"macs": target})
     left = []
     for events_left in (4, 2, 1):
         alive = alive_at(bimasks, [target], threshold=0.0, events_left=events_left)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb.supernet import adaptive_one_hot_loss
-from ofb.supernet.losses import Criterion, macs_loss, one_hot_losses
+from ofb.supernet.losses import Criterion, budget_loss, one_hot_losses
 
 
 def by_definition(alpha: torch.Tensor) -> torch.Tensor:
@@ -85,8 +85,20 @@ def test_one_hot_loss_bad_input(alpha, alive, error, message):
         adaptive_one_hot_loss(alpha, alive)
 
 
-def test_macs_loss():
-    assert macs_loss(torch.tensor(3e9), 2e9, 4e9) == pytest.approx(1 / 16)
+@pytest.mark.parametrize(
+    ("excess", "expected"),
+    [
+        ([0.25], 1 / 16),
+        ([-0.25], 1 / 16),  # one budget is to be used up
+        ([0.25, 0.5], 1 / 16 + 1 / 4),
+        ([0.25, -0.5], 1 / 16),  # the looser of two is not
+        ([-0.25, -0.5], 1 / 16),
+    ],
+)
+def test_budget_loss(excess, expected):
+    dense, goals = torch.tensor([4e9, 8e6][: len(excess)]), torch.tensor([2e9, 5e6][: len(excess)])
+    costs = goals + dense * torch.tensor(excess)
+    assert budget_loss(costs, goals, dense) == pytest.approx(expected)
 
 
 def test_losses_of_a_stack():

@@ -184,6 +184,8 @@ def test_target_out_of_reach():
 def test_reach_and_choices_in_words():
     supernet = fresh_supernet(SearchConfig(**OPTIONS))
     assert "(50%)" in describe_reach(supernet) and describe_reach(supernet).endswith("satisfiable: yes")
+    two = describe_reach(fresh_supernet(SearchConfig(**OPTIONS, target="macs=50%,params=60%")))
+    assert "parameters (60%)" in two and two.count("satisfiable: yes") == 2
     supernet.finalize()
     words = describe_choices(supernet)
     assert all(name in words for name in supernet.bimasks)

@@ -34,14 +34,16 @@ def test_masks_and_their_gradients():
             torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_expected_units():
+def test_expected_sizes():
     bimasks = make_bimasks()
     with torch.no_grad():
         bimasks["a"].alpha.copy_(torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.3, 0.1]]).log())
         bimasks["b"].alpha.zero_()
     a = (0.1 * 6 + 0.2 * 16 + 0.3 * 12 + 0.3 * 20 + 0.1 * 32) / (0.1 + 0.2 + 0.3 + 0.3 + 0.1)
     b = sum(heads * channels for heads in (1, 2, 3) for channels in (4, 6)) / 6
-    assert Stack(bimasks).expected_units().tolist() == pytest.approx([a, b, 14])
+    heads, units = Stack(bimasks).expected_sizes()
+    assert heads.tolist() == pytest.approx([(0.3 * 2 + 0.7 * 4), 2, 2])
+    assert units.tolist() == pytest.approx([a, b, 14])
 
 
 def test_one_hot_loss_is_that_of_the_open_submodules():

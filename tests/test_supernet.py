@@ -211,7 +211,7 @@ def test_calls_grow_neither_with_candidates_nor_with_blocks():
         options = {"embed_dim": embed_dim, "num_heads": embed_dim // 8, "depth": depth}
         supernet = make_supernet(model_options=options)
         with CountCalls() as count:
-            one_hot, macs = supernet._one_hot_loss(), supernet._expected_macs()
+            one_hot, macs = supernet._one_hot_loss(), supernet.goals(*supernet._expected_sizes())
             (one_hot + macs).backward()
             masks = supernet._masks()
             torch.autograd.backward(list(masks.values()), [torch.ones_like(mask) for mask in masks.values()])
@@ -395,15 +395,15 @@ def test_the_macs_loss_lowers_its_target_at_the_asked_pace():
     supernet = make_supernet(target="80%", later_targets=["40%"], epochs=4, steps_per_epoch=5, pace=0.5)
     dense, seen = supernet.dense_macs, {}
     for step in range(20):
-        seen[step] = float(supernet.macs_goal) / dense
+        seen[step] = float(supernet.goals.goals) / dense
         if step == 10:
             supernet.next_target()
-            assert float(supernet.macs_goal) / dense == pytest.approx(0.8)
+            assert float(supernet.goals.goals) / dense == pytest.approx(0.8)
         supernet.steps += 1
         supernet._set_schedules()
     assert seen[0] == pytest.approx(1) and seen[4] == pytest.approx(0.84) and seen[5] == pytest.approx(0.8)
     assert seen[9] == pytest.approx(0.8) and seen[14] == pytest.approx(0.48) and seen[19] == pytest.approx(0.4)
-    assert float(make_supernet(target="80%", pace=0.0).macs_goal) == pytest.approx(0.8 * dense)
+    assert float(make_supernet(target="80%", pace=0.0).goals.goals) == pytest.approx(0.8 * dense)
 
 
 def test_no_candidate_dies_before_the_target_is_asked_for():
@@ -441,7 +441,7 @@ def test_settling_keeps_the_likeliest_combination():
     with torch.no_grad():
         for bimask in supernet.bimasks.values():
             bimask.alpha.normal_()
-    chosen = decisions.choose(supernet.bimasks, supernet.macs, supernet.target_macs)
+    chosen = decisions.choose(supernet.bimasks, supernet.costs, supernet.target)
     supernet.steps = 9
     supernet.step()
     assert {name: bimask.candidates.full for name, bimask in supernet.bimasks.items()} == chosen
@@ -457,7 +457,7 @@ def test_settling_waits_for_the_last_target():
     supernet.next_target()
     for _ in range(4):
         supernet.step()
-    assert supernet.finished and count_macs(supernet.extract()) <= supernet.targets[1]
+    assert supernet.finished and count_macs(supernet.extract()) <= supernet.targets[1]["macs"]
 
 
 def test_without_masked_image_modelling():
@@ -482,7 +482,13 @@ def test_shares_are_shares(name):
         ({"target": "2%"}, r"target: expected between .* got .* \(2.0%\); choose one within"),
         ({"target": "150%"}, "target: expected between"),
         ({"target": "a lot"}, "target: expected MACs"),
-        ({"target": {"params": "5M"}}, "target: expected"),
+        ({"target": {"params": "5M"}}, r"target: expected between .* K and .* K parameters .* got 5 M .*; choose"),
+        (
+            {"target": {}},
+            "target: expected at least one of macs, params, latency_ms, got an empty mapping; name a cost",
+        ),
+        ({"target": {"flops": "50%"}}, "target: expected costs among macs, params, latency_ms, got 'flops'; rename"),
+        ({"target": "macs=60%", "later_targets": ["params=30%"]}, "later_targets: expected the target's kinds of cost"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"steps_per_epoch": 0}, "steps_per_epoch: expected at least 1, got 0"),
         ({"residual_mask": "both"}, "residual_mask: expected one of stream, input, got 'both'"),
@@ -491,6 +497,15 @@ def test_shares_are_shares(name):
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         make_supernet(**options)
+
+
+def test_budgets_that_contradict_each_other():
+    """The smallest network is well below both, and the next larger ones are beyond one of them."""
+    least = {kind: make_supernet(target={kind: "50%"}).reachable(kind)[0] for kind in ("macs", "params")}
+    target = {"macs": 1.03 * least["macs"], "params": 1.03 * least["params"]}
+    message = "no combination .* below all of .* MACs and .* parameters; relax or leave out one of them"
+    with pytest.raises(ValueError, match=message):
+        make_supernet(target=target)
 
 
 def test_model_that_cannot_be_searched():

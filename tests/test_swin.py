@@ -11,7 +11,7 @@ import ofb
 from ofb.supernet import SearchSpace, Supernet
 from ofb.supernet.families import build, count_macs, describe, family_of, swin
 from tests.common import tiny_swin
-from tests.test_macs import counted_by_torch
+from tests.test_cost import counted_by_torch
 from tests.test_supernet import RESIDUAL_MASKS, kill_units, train
 
 

@@ -44,7 +44,7 @@ def random_sizes(dense: nn.Module, target: int, seed: int) -> nn.Module:
         }
         for name, submodule in vit.submodules(dense).items()
     }
-    return shrink(dense, choose_sizes(vit.macs(dense), options, target), magnitudes(dense))
+    return shrink(dense, choose_sizes({"macs": vit.macs(dense)}, options, {"macs": target}), magnitudes(dense))
 
 
 def torch_pruning(
@@ -78,7 +78,7 @@ def uniform_sizes(dense: nn.Module, target: int) -> dict[str, Size]:
         return {name: (heads, max(1, round(channels * share))) for name, (heads, channels) in full.items()}
 
     shares = [step / 1000 for step in range(1, 1001)]
-    costs = {share: macs.total({n: h * c for n, (h, c) in sizes(share).items()}) for share in shares}
+    costs = {share: macs.total(sizes(share)) for share in shares}
     return sizes(max(share for share in shares if costs[share] <= target))
 
 

@@ -233,11 +233,12 @@ class SearchConfig(TrainingConfig):
     weight_decay: float = 1e-3
 
     target: str = "50%"
-    """Cost of the network to find: a share of the dense MACs (50%) or MACs (1.1G)."""
+    """Cost of the network to find: a share of the dense MACs (50%) or MACs (1.1G); or one or several budgets to keep
+    within, such as params=5M or macs=50%,params=40%."""
 
     targets: str | None = None
     """Several costs instead of --target, the largest first, such as 50%,30%,15%: one search passes them one after the
-    other, and each network is fine-tuned."""
+    other, and each network is fine-tuned. Costs of several budgets are divided by semicolons."""
 
     round_to: int = 8
     """Residual width and hidden sizes are multiples of this, channels of a head of this or 8, whichever is smaller. The
@@ -296,7 +297,7 @@ class SearchConfig(TrainingConfig):
     """Share of the search before the one-hot loss sets in: it sharpens whatever difference there is (the paper: 0)."""
 
     macs_weight: float = 100.0
-    """Weight of the MACs loss."""
+    """Weight of the loss of the MACs, and of whatever other costs the target limits."""
 
     pace: float = 0.3
     """Share of the search over which the MACs loss lowers its target from the dense network's cost to the final one;
@@ -351,7 +352,9 @@ class SearchConfig(TrainingConfig):
 
     def all_targets(self) -> list[str]:
         """The targets to pass, in their order."""
-        return [self.target] if self.targets is None else [target.strip() for target in self.targets.split(",")]
+        if self.targets is None:
+            return [self.target]
+        return [target.strip() for target in self.targets.split(";" if ";" in self.targets else ",")]
 
     def search_space(self) -> SearchSpace:
         """What is wanted of the candidate sizes."""

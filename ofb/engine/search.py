@@ -28,6 +28,7 @@ from ofb.engine.train import (
 from ofb.supernet import Supernet
 from ofb.supernet.families import build, describe
 from ofb.supernet.importance import leave_one_out, rank_correlation
+from ofb.supernet.targets import describe_amount
 
 SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
@@ -140,12 +141,8 @@ def search_targets(
 
 
 def describe_reach(supernet: Supernet) -> str:
-    """What the search can reach and what it is asked for."""
-    least, most = supernet.reachable()
-    dense = supernet.dense_macs
-    figures = {"min": least, "target": supernet.target_macs, "max": most}
-    shown = "   ".join(f"{name} {macs / 1e6:.4g} M ({macs / dense:.0%})" for name, macs in figures.items())
-    return f"MACs: {shown}   satisfiable: {'yes' if least <= supernet.target_macs <= most else 'no'}"
+    """What the search can reach and what it is asked for, a line for each budget."""
+    return "\n".join(_reach(supernet, kind, limit) for kind, limit in supernet.target.items())
 
 
 def describe_choices(supernet: Supernet) -> str:
@@ -159,6 +156,14 @@ def describe_choices(supernet: Supernet) -> str:
         f"sizes: {sizes}\n{len(chosen)} of {len(supernet.choices)} were still open at the end and chosen to meet the "
         f"target (least probability {least:.2f})"
     )
+
+
+def _reach(supernet: Supernet, kind: str, limit: float) -> str:
+    least, most = supernet.reachable(kind)
+    dense = supernet.dense_costs[kind]
+    figures = {"min": least, "target": limit, "max": most}
+    shown = "   ".join(f"{n} {describe_amount(kind, cost)} ({cost / dense:.0%})" for n, cost in figures.items())
+    return f"{shown}   satisfiable: {'yes' if least <= limit <= most else 'no'}"
 
 
 def _search_sizes(
@@ -209,7 +214,7 @@ def _search_sizes(
             title = f"{epoch + 1}/{config.epochs}"
             losses = run_epoch(train_loader, optimization, stepped, journal, title)
             figures = {f"val_{name}": value for name, value in evaluate(supernet, val_loader, config).items()}
-            figures["expected_macs"] = supernet.expected_macs()
+            figures |= {f"expected_{kind}": cost for kind, cost in supernet.expected_costs().items()}
             alive = supernet.alive_candidates()
             figures["alive"] = sum(alive.values())
             journal.record(epoch, config.epochs, losses | figures | {"alive_candidates": alive})

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ofb.supernet.bimask import BiMask
-from ofb.supernet.budget import Options, choose_sizes, meets
-from ofb.supernet.macs import Macs
+from ofb.supernet.budget import Costs, Options, choose_sizes, meets
 from ofb.supernet.search_space import Size
+from ofb.supernet.targets import Limits
 
 BiMasks = Mapping[str, BiMask]
 Alive = Mapping[str, Tensor]  # (A, B) bool of each submodule
 
 
 def survivors(
-    bimasks: BiMasks, macs: Macs, targets: Sequence[int], threshold: float, events_left: int | None
+    bimasks: BiMasks, costs: Costs, targets: Sequence[Limits], threshold: float, events_left: int | None
 ) -> dict[str, Tensor]:
     """The candidates that live on after a pruning event.
 
@@ -23,31 +23,31 @@ def survivors(
 
     Args:
         bimasks: the submodules.
-        macs: cost of their sizes.
-        targets: in MACs, that have to stay within reach; the first is the one the search is on its way to.
+        costs: of their sizes, each kind.
+        targets: limits that have to stay within reach; the first is the one the search is on its way to.
         threshold: a candidate dies at p ≤ threshold / n, with n candidates alive.
         events_left: for a search that settles, how many pruning events are left, this one counted: the last one leaves
             one candidate, those before it step by step fewer; None before.
     """
     likely = {name: bimask.survivors(threshold) for name, bimask in bimasks.items()}
-    if not meets(macs, options(bimasks, likely), targets):
+    if not meets(costs, options(bimasks, likely), targets):
         kept = {name: bimask.alive for name, bimask in bimasks.items()}
         for name in likely:
-            if meets(macs, options(bimasks, kept | {name: likely[name]}), targets):
+            if meets(costs, options(bimasks, kept | {name: likely[name]}), targets):
                 kept[name] = likely[name]
         likely = kept
     if events_left is None:
         return likely
-    chosen = choose(bimasks, macs, targets[0], likely)
+    chosen = choose(bimasks, costs, targets[0], likely)
     return {
         name: bimasks[name].likeliest(grid, math.ceil(int(grid.sum()) ** (1 - 1 / events_left)), chosen[name])
         for name, grid in likely.items()
     }
 
 
-def choose(bimasks: BiMasks, macs: Macs, target: int, alive: Alive | None = None) -> dict[str, Size] | None:
+def choose(bimasks: BiMasks, costs: Costs, limits: Limits, alive: Alive | None = None) -> dict[str, Size] | None:
     """The combination of greatest Σ log p, over what is alive, that meets the target; None where none does."""
-    return choose_sizes(macs, options(bimasks, alive), target)
+    return choose_sizes(costs, options(bimasks, alive), limits)
 
 
 def options(bimasks: BiMasks, alive: Alive | None = None) -> Options:

@@ -63,9 +63,18 @@ def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
     return torch.where(n > 1, losses, torch.zeros_like(losses))
 
 
-def macs_loss(expected: Tensor, target: float | Tensor, dense: float) -> Tensor:
-    """((F(p) − F_target) / F_dense)², all in MACs."""
-    return ((expected - target) / dense).square()
+def budget_loss(expected: Tensor, goals: Tensor, dense: Tensor) -> Tensor:
+    """How far expected costs F are from their goals, relative to the dense network's, 0-d; all arguments (budgets,).
+
+        r = (F − F_goal) / F_dense        L = Σ max(r, 0)² + min(max r, 0)²
+
+    For one budget that is r², the FLOPs loss of the paper.
+    """
+    # Each excess costs, for a network must keep within all budgets. Below its goal costs only the budget that comes
+    # nearest to it: one-sided losses alone would let a network shrink away from everything it may spend, and two-sided
+    # ones would draw it beyond the tighter budget towards the looser one.
+    excess = (expected - goals) / dense
+    return excess.clamp(min=0).square().sum() + excess.max().clamp(max=0).square()
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,11 @@ class Stack(nn.Module):
             for name, each, part in zip(self.names, self.bimasks, parts, strict=True)
         }
 
-    def expected_units(self) -> Tensor:
-        """Σ p · size in units of every submodule, (S,), differentiable in alpha."""
+    def expected_sizes(self) -> tuple[Tensor, Tensor]:
+        """Σ p · size in heads (S,) and in units (S,) of every submodule, differentiable in alpha."""
         p = candidate_probabilities(self._alpha(), self.alive)
-        return (p * (self.head_counts[:, :, None] * self.channel_counts[:, None])).sum((1, 2))
+        by_heads = p * self.head_counts[:, :, None]
+        return by_heads.sum((1, 2)), (by_heads * self.channel_counts[:, None]).sum((1, 2))
 
     def one_hot_loss(self, score_penalty: float) -> Tensor:
         """Σ over the open submodules of the adaptive one-hot loss plus score_penalty · Σ S."""

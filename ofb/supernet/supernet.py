@@ -13,15 +13,17 @@ from torch.optim import Optimizer
 
 from ofb.supernet import decisions
 from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
-from ofb.supernet.budget import check_targets, parse_target, reachable
+from ofb.supernet.budget import check_targets, reachable
+from ofb.supernet.costs import costs_of
 from ofb.supernet.families import FAMILIES, family_of
-from ofb.supernet.losses import Criterion, macs_loss
-from ofb.supernet.macs import expected_macs
+from ofb.supernet.goals import Goals
+from ofb.supernet.losses import Criterion
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.search_space import SearchSpace
 from ofb.supernet.stack import Stack
+from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
 
 LOGIT_TRAVEL, SCORE_TRAVEL = 25.0, 0.5
@@ -31,7 +33,10 @@ SCORE_INITS = ("taylor", "magnitude", "random")
 
 @dataclass
 class Losses:
-    """The losses of one step, 0-d tensors; `total` is what to differentiate, the others are detached parts of it."""
+    """The losses of one step, 0-d tensors; `total` is what to differentiate, the others are detached parts of it.
+
+    `macs` is the loss of all budgets, whatever costs they limit.
+    """
 
     total: Tensor
     classification: Tensor
@@ -50,8 +55,10 @@ class Supernet(nn.Module):
 
     Args:
         model: a timm model that `ofb.supports`; taken over, not copied.
-        target: cost of the network to find: "50%" of the dense MACs, "1.1G", a number, or {"macs": …}.
-        later_targets: ever smaller ones that the search goes on to, each with `next_target()`.
+        target: cost of the network to find: "50%" of the dense MACs, "1.1G" or a number of them; {"params": "5M"}; or
+            several budgets to keep within, {"macs": "50%", "params": "40%"}.
+        later_targets: ever smaller ones, of the same kinds of cost, that the search goes on to, each with
+            `next_target()`.
         space: what you want of the candidate sizes; the defaults of `SearchSpace` if None.
         epochs: length of the search.
         steps_per_epoch: optimizer steps in an epoch (the default is ImageNet-1K at batch 1024).
@@ -68,11 +75,11 @@ class Supernet(nn.Module):
             start alike; "random", with logits from U(0, 1).
         criterion: the classification loss, distilled or not; cross entropy with label smoothing 0.1 if None. A model
             without a classifier needs one.
-        one_hot_weight, macs_weight: weights of these losses.
+        one_hot_weight, macs_weight: weights of these losses; the second is of all budgets, MACs or others.
         one_hot_delay: share of the search before the one-hot loss sets in. It sharpens whatever difference there is, so
             the classification loss should have made one.
-        pace: share of the search over which the MACs loss lowers its target from the dense network's cost to the
-            final one, before any candidate may die; 0 asks for the final one from the first step.
+        pace: share of the search over which the loss of the budgets lowers its goal from the dense network's cost to
+            the final one, before any candidate may die; 0 asks for the final one from the first step.
         settling: share of the search at its end over which ever more candidates are dropped, so that no size is left
             open; 0 leaves it to the one-hot loss.
         score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
@@ -87,9 +94,9 @@ class Supernet(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        target: str | float | Mapping[str, str | float] = "50%",
+        target: Target = "50%",
         *,
-        later_targets: Sequence[str | float | Mapping[str, str | float]] = (),
+        later_targets: Sequence[Target] = (),
         space: SearchSpace | None = None,
         epochs: int = 100,
         steps_per_epoch: int = 1251,
@@ -155,8 +162,11 @@ class Supernet(nn.Module):
         like = {"device": weight.device, "dtype": weight.dtype}
         self.macs = self.family.macs(model)
         self.normed = {name for name, submodule in submodules.items() if submodule.normed}
-        self.dense_macs = self.macs.total({name: s.candidates.units for name, s in submodules.items()})
-        self.targets = [parse_target(each, self.dense_macs) for each in (target, *later_targets)]
+        full = {name: submodule.candidates.full for name, submodule in submodules.items()}
+        targets = (target, *later_targets)
+        self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)))
+        self.dense_costs = {kind: cost.total(full) for kind, cost in self.costs.items()}
+        self.targets = [parse_target(each, self.dense_costs) for each in targets]
         self.targets_passed = 0
         candidates = (space or SearchSpace()).narrow({name: s.candidates for name, s in submodules.items()})
         self.bimasks = nn.ModuleDict(
@@ -175,26 +185,33 @@ class Supernet(nn.Module):
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
         self.register_buffer("mask_ratio", torch.zeros((), **like), persistent=False)
         self.register_buffer("one_hot_factor", torch.zeros((), device=weight.device), persistent=False)
-        self.register_buffer("macs_goal", torch.zeros((), device=weight.device), persistent=False)
         self.revision = 0  # of the tensors behind the step: whoever holds on to them looks here
         self._build_stacks()
         names = [name for stack in self.stacks.values() for name in stack.names]
-        linear, products = self.macs.form(names, device=weight.device, dtype=torch.float32)
-        self.register_buffer("macs_linear", linear, persistent=False)
-        self.register_buffer("macs_products", products, persistent=False)
+        check_targets(self.costs, decisions.options(self.bimasks), self.targets)
+        self.goals = Goals(self.costs, self.dense_costs, self.targets, names, weight.device)
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
-        check_targets(self.macs, decisions.options(self.bimasks), self.targets)
 
     @property
     def family(self) -> ModuleType:
         return FAMILIES[self.family_name]
 
     @property
-    def target_macs(self) -> int:
-        """The target the search is on its way to."""
+    def target(self) -> Limits:
+        """Limit of each kind of cost in the target the search is on its way to."""
         return self.targets[self.targets_passed]
+
+    @property
+    def dense_macs(self) -> int:
+        """MACs of the dense network."""
+        return self.dense_costs["macs"]
+
+    @property
+    def target_macs(self) -> int | None:
+        """The limit of MACs the search is on its way to; None where the target limits others alone."""
+        return self.target.get("macs")
 
     # ---- the forward pass and its losses ----
 
@@ -220,7 +237,7 @@ class Supernet(nn.Module):
             return Losses(classification, classification.detach(), zero, zero, zero)
         with self._backend():
             logits, rebuilt = self._logits_and_reconstruction(images)
-            one_hot, macs = self._one_hot_loss(), macs_loss(self._expected_macs(), self.macs_goal, self.dense_macs)
+            one_hot, macs = self._one_hot_loss(), self.goals(*self._expected_sizes())
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_factor * one_hot + self.macs_weight * macs + balance * rebuilt
@@ -282,7 +299,7 @@ class Supernet(nn.Module):
         last = self.targets_passed + 1 == len(self.targets)
         surviving = decisions.survivors(
             self.bimasks,
-            self.macs,
+            self.costs,
             self.targets[self.targets_passed :],
             self.prune_threshold,
             self._events_left() if last else None,
@@ -293,7 +310,7 @@ class Supernet(nn.Module):
 
     def finalize(self, optimizer: Optimizer | None = None) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
-        chosen = decisions.choose(self.bimasks, self.macs, self.target_macs)
+        chosen = decisions.choose(self.bimasks, self.costs, self.target)
         for name, bimask in self.bimasks.items():
             if not bimask.final:
                 self._keep_candidates(name, bimask.holds(*chosen[name]), optimizer, how="chosen")
@@ -315,14 +332,18 @@ class Supernet(nn.Module):
 
     # ---- figures, each read from the device ----
 
-    def reachable(self) -> tuple[int, int]:
-        """Fewest and most MACs that the candidates alive allow."""
-        return reachable(self.macs, decisions.options(self.bimasks))
+    def reachable(self, kind: str = "macs") -> tuple[float, float]:
+        """Least and greatest cost, of a kind that the target limits or of MACs, that the candidates alive allow."""
+        return reachable(self.costs[kind], decisions.options(self.bimasks))
 
     @torch.no_grad()
+    def expected_costs(self) -> dict[str, float]:
+        """F(p), the expected cost of the network, of each kind that the target limits and of MACs."""
+        return {kind: float(cost) for kind, cost in self.goals.expected(*self._expected_sizes()).items()}
+
     def expected_macs(self) -> float:
         """F(p), the expected MACs of the network."""
-        return float(self._expected_macs())
+        return self.expected_costs()["macs"]
 
     def alive_candidates(self) -> dict[str, int]:
         """How many candidates each submodule has left."""
@@ -436,9 +457,10 @@ class Supernet(nn.Module):
         penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
         return sum(stack.one_hot_loss(penalties[kind]) for kind, stack in self.stacks.items())
 
-    def _expected_macs(self) -> Tensor:
-        units = torch.cat([stack.expected_units() for stack in self.stacks.values()]).to(self.macs_linear.dtype)
-        return expected_macs(units, self.macs_linear, self.macs_products)
+    def _expected_sizes(self) -> tuple[Tensor, Tensor]:
+        """Expected heads (S,) and units (S,) of all submodules."""
+        heads, units = zip(*(stack.expected_sizes() for stack in self.stacks.values()), strict=True)
+        return torch.cat(heads), torch.cat(units)
 
     def _build_stacks(self) -> None:
         """Attention has heads, the rest has none: in one stack, most of it would be filling."""
@@ -454,10 +476,9 @@ class Supernet(nn.Module):
         share = self.total_steps / len(self.targets)  # of the steps, for each target
         delayed = self.steps < self.one_hot_delay * share
         self.one_hot_factor.fill_(0.0 if delayed else self.one_hot_weight)
-        before = [self.dense_macs, *self.targets][self.targets_passed]
         steps = max(0.0, self.steps - self.targets_passed * share)
         self.paced = steps >= self.pace * share  # the goal is the target itself
-        self.macs_goal.fill_(ramp(steps, self.pace * share, before, self.target_macs))
+        self.goals.set(self.targets_passed, steps, self.pace * share)
 
     def _keep_candidates(self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str | None) -> None:
         """Remove the units no living candidate keeps, then the dead candidates, and note a size that became final."""

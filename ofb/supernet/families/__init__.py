@@ -73,5 +73,5 @@ def count_macs(model: nn.Module) -> int:
         ValueError: no family knows the model.
     """
     family = family_of(model)
-    sizes = {name: submodule.candidates.units for name, submodule in family.submodules(model).items()}
+    sizes = {name: submodule.candidates.full for name, submodule in family.submodules(model).items()}
     return family.macs(model).total(sizes)

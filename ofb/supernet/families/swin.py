@@ -21,6 +21,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ofb.supernet.cost import Cost
 from ofb.supernet.families.layers import (
     ACTIVATION_LAYERS,
     Submodule,
@@ -32,7 +33,6 @@ from ofb.supernet.families.layers import (
     scale_rows,
     sync_layers,
 )
-from ofb.supernet.macs import Macs
 from ofb.supernet.masked_images import TokenArea
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import attention_candidates, embed_candidates, mlp_candidates
@@ -81,7 +81,7 @@ def submodules(model: SwinTransformer) -> dict[str, Submodule]:
     return found
 
 
-def macs(model: SwinTransformer) -> Macs:
+def macs(model: SwinTransformer) -> Cost:
     """Cost model, with a block's tokens T (in attention those that fill its windows up, too), N in a window, width D:
     4·T·D + 2·T·N for a channel of attention, 2·T·D for a hidden channel, and 4 times the tokens for two widths that
     meet in a patch merging."""
@@ -100,7 +100,7 @@ def macs(model: SwinTransformer) -> Macs:
             linear[f"attn{i}"] = 2 * padded * block.window_area
             products |= {(f"attn{i}", widths[s]): 4 * padded, (f"mlp{i}", widths[s]): 2 * rows * columns}
             i += 1
-    return Macs(widths, linear, products)
+    return Cost(widths, linear, products)
 
 
 def token_area(model: SwinTransformer) -> TokenArea:

@@ -14,11 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ofb.supernet.cost import Cost
 from ofb.supernet.families import attentions, mlps, pools
 from ofb.supernet.families.layers import Submodule, add_norm, masked_norm, present, scale_rows, sync_layers
 from ofb.supernet.families.vit_checks import check
 from ofb.supernet.families.vit_description import build, describe
-from ofb.supernet.macs import Macs
 from ofb.supernet.masked_images import TokenArea
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates, embed_candidates, mlp_candidates
@@ -61,7 +61,7 @@ def submodules(model: VisionTransformer) -> dict[str, Submodule]:
     return found if model.attn_pool is None else found | {"pool": pools.submodule(model)}
 
 
-def macs(model: VisionTransformer) -> Macs:
+def macs(model: VisionTransformer) -> Cost:
     """Cost model: 4·N·D + 2·N² for a channel of attention, 2·N·D for a hidden channel, 3·N·D for one with a gate,
     N tokens, width D."""
     patches, tokens = model.patch_embed.num_patches, model.patch_embed.num_patches + model.num_prefix_tokens
@@ -77,7 +77,7 @@ def macs(model: VisionTransformer) -> Macs:
         pooled = tokens if getattr(model, "pool_include_prefix", True) else patches
         linear["pool"], pool_for_width, products["pool", "embed"] = pools.macs(model, pooled)
         linear["embed"] += pool_for_width
-    return Macs(("embed",), linear, products)
+    return Cost(("embed",), linear, products)
 
 
 def token_area(model: VisionTransformer) -> TokenArea:

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ofb.supernet.cost import Cost
 from ofb.supernet.families import build, count_macs, describe
-from ofb.supernet.macs import Macs, expected_macs
 
 
 def counted_by_torch(model) -> int:
@@ -39,20 +39,22 @@ def test_distilled_and_uneven_blocks():
     assert count_macs(model) == counted_by_torch(model)
 
 
-def test_expected_macs_are_differentiable_and_exact():
-    macs = Macs(
+def test_expected_costs_are_differentiable_and_exact():
+    cost = Cost(
         ("embed0", "embed1"),
         {"embed0": 100, "attn0": 32, "embed1": 3},
         {("attn0", "embed0"): 8, ("mlp0", "embed0"): 4, ("embed1", "embed0"): 7},
+        {"attn0": 9},
+        11,
     )
-    sizes = {"embed0": 10, "attn0": 6, "mlp0": 20, "embed1": 5}
-    assert macs.total(sizes) == 1000 + 6 * 112 + 20 * 40 + 5 * 73
-    assert macs.total(sizes) == sum(macs.part(name, units, 10 * (name != "embed0")) for name, units in sizes.items())
-    p = torch.tensor([0.25, 0.75], dtype=torch.float64, requires_grad=True)
+    sizes = {"embed0": (1, 10), "attn0": (3, 2), "mlp0": (1, 20), "embed1": (1, 5)}
+    assert cost.total(sizes) == 11 + 1000 + 3 * 9 + 6 * 112 + 20 * 40 + 5 * 73
+    p = torch.tensor([0.25, 0.75], dtype=torch.float64, requires_grad=True)  # of (1, 2) and (3, 2)
     fixed = p.new_tensor([10.0, 20.0, 5.0])
-    units = torch.cat([(p * torch.tensor([2.0, 6.0])).sum()[None], fixed])
-    form = macs.form(["attn0", "embed0", "mlp0", "embed1"], dtype=torch.float64)
-    expected = expected_macs(units, *form)
-    assert expected.item() == 1000 + (0.25 * 2 + 0.75 * 6) * 112 + 800 + 365
+    heads = torch.cat([(p * p.new_tensor([1.0, 3.0])).sum()[None], torch.ones_like(fixed)])
+    units = torch.cat([(p * p.new_tensor([2.0, 6.0])).sum()[None], fixed])
+    expected = cost.expectation(["attn0", "embed0", "mlp0", "embed1"], dtype=torch.float64)(heads, units)
     expected.backward()
-    assert p.grad.tolist() == [2 * 112, 6 * 112]
+    totals = [cost.total(sizes | {"attn0": size}) for size in ((1, 2), (3, 2))]
+    assert expected.item() == 0.25 * totals[0] + 0.75 * totals[1]
+    assert p.grad.tolist() == [9 + 2 * 112, 3 * 9 + 6 * 112]

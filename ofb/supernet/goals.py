@@ -1,0 +1,55 @@
+"""What a search asks of its expected costs, step by step on the way from the dense network to its targets."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ofb.supernet.cost import Cost
+from ofb.supernet.losses import budget_loss
+from ofb.supernet.schedules import ramp
+from ofb.supernet.targets import Limits
+
+
+class Goals(nn.Module):
+    """The expected costs of the kinds that a target limits, their present goals, and the loss between the two.
+
+    Args:
+        costs: cost model of each kind.
+        dense: costs of the dense network.
+        targets: the limits to pass, each of the same kinds.
+        names: the submodules, in the order of the expected sizes.
+        device: where the loss is computed.
+    """
+
+    def __init__(
+        self,
+        costs: Mapping[str, Cost],
+        dense: Mapping[str, float],
+        targets: Sequence[Limits],
+        names: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        like = {"device": device, "dtype": torch.float32}
+        self.limits = [dict(dense)] + [dict(limits) for limits in targets]
+        self.kinds = tuple(targets[0])
+        self.expectations = nn.ModuleDict({kind: cost.expectation(names, **like) for kind, cost in costs.items()})
+        self.register_buffer("dense", torch.tensor([dense[kind] for kind in self.kinds], **like), persistent=False)
+        self.register_buffer("goals", self.dense.clone(), persistent=False)
+
+    def forward(self, heads: Tensor, units: Tensor) -> Tensor:
+        """The loss (0-d) of expected heads (S,) and units (S,)."""
+        expected = self.expected(heads, units)
+        return budget_loss(torch.stack([expected[kind] for kind in self.kinds]), self.goals, self.dense)
+
+    def expected(self, heads: Tensor, units: Tensor) -> dict[str, Tensor]:
+        """Expected cost (0-d) of each kind, of those no target limits too."""
+        dtype = self.dense.dtype
+        return {kind: module(heads.to(dtype), units.to(dtype)) for kind, module in self.expectations.items()}
+
+    def set(self, targets_passed: int, steps: float, ramp_steps: float) -> None:
+        """The goals after some steps towards a target: on a ramp from the limits before, over so many steps."""
+        before, limits = self.limits[targets_passed], self.limits[targets_passed + 1]
+        for goal, kind in zip(self.goals, self.kinds, strict=True):
+            goal.fill_(ramp(steps, ramp_steps, before[kind], limits[kind]))
