@@ -1,6 +1,7 @@
 """The search as a whole: it resumes as if never interrupted, meets its target and keeps the accuracy on real images."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -174,6 +175,24 @@ def test_supernet_of_another_length(loaders):
     config = SearchConfig(**OPTIONS)
     with pytest.raises(ValueError, match="supernet: expected one for 4 epochs of 4 steps, got one for 8 steps"):
         ofb.search(ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4), *loaders, config)
+
+
+def test_latency_is_measured_once(tmp_path, monkeypatch):
+    """The table lies in the run folder, from where the same run or another one takes it."""
+    monkeypatch.setattr("ofb.supernet.latency.TIMED_RUNS", 1)
+    table = ofb.measure_latency(tiny_vit())
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps(table.to_dict()))
+    monkeypatch.setattr("ofb.engine.search.measure_latency", None)  # it must not be called
+    config = SearchConfig(**OPTIONS, target="latency_ms=100%", latency_table=str(path))
+    with pytest.raises(ValueError, match=r"latency_batch_size: expected 1, with which .* got 8; give the same"):
+        make_supernet(tiny_vit(), dataclasses.replace(config, latency_batch_size=8), 4)
+    with pytest.raises(ValueError, match="latency_table: expected a latency.json that ofb wrote, got nowhere"):
+        make_supernet(tiny_vit(), dataclasses.replace(config, latency_table="nowhere"), 4)
+    supernet = make_supernet(tiny_vit(), config, 4)
+    assert "batch size 1" in describe_reach(supernet) and " ms (100%)" in describe_reach(supernet)
+    resumed = dataclasses.replace(config, latency_table=None, output=str(tmp_path), resume=True)
+    assert make_supernet(tiny_vit(), resumed, 4).costs["latency_ms"].grids == supernet.costs["latency_ms"].grids
 
 
 def test_target_out_of_reach():

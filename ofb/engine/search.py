@@ -25,14 +25,15 @@ from ofb.engine.train import (
     teaching,
     train,
 )
-from ofb.supernet import Supernet
+from ofb.supernet import LatencyTable, Supernet, measure_latency
 from ofb.supernet.families import build, describe
 from ofb.supernet.importance import leave_one_out, rank_correlation
-from ofb.supernet.targets import describe_amount
+from ofb.supernet.targets import amounts, describe_amount
 
 SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
 SCORE_BATCHES = 16  # to rank the units on before the first step
+LATENCY_FILE = "latency.json"
 IMPORTANCE_IMAGES = 256  # of the validation images, to leave units out on
 
 
@@ -43,6 +44,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         ValueError: the target is out of reach, or the model cannot be searched.
     """
     target, *later_targets = config.all_targets()
+    timed = any("latency_ms" in amounts(each) for each in config.all_targets())
     return Supernet(
         model,
         target,
@@ -66,6 +68,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         settling=config.settling,
         prunes_per_epoch=config.prunes_per_epoch,
         prune_threshold=config.prune_threshold,
+        latency_table=_latency_table(model, config) if timed else None,
         backend=config.backend,
     )
 
@@ -157,12 +160,33 @@ def describe_choices(supernet: Supernet) -> str:
     )
 
 
+def _latency_table(model: nn.Module, config: SearchConfig) -> LatencyTable:
+    """The table of the run to resume, or else the one the config names, or else one that is measured now."""
+    path = Path(config.output) / LATENCY_FILE if config.resume else config.latency_table
+    if path is None:
+        return measure_latency(model, config.latency_batch_size, pick_device(config))
+    try:
+        table = LatencyTable.from_dict(json.loads(Path(path).read_text()), model)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"latency_table: expected a latency.json that ofb wrote, got {path}: {error}") from error
+    if table.batch_size != config.latency_batch_size:
+        raise ValueError(
+            f"latency_batch_size: expected {table.batch_size}, with which {path} was measured, got "
+            f"{config.latency_batch_size}; give the same, or no --latency-table"
+        )
+    return table
+
+
 def _reach(supernet: Supernet, kind: str, limit: float) -> str:
     least, most = supernet.reachable(kind)
     dense = supernet.dense_costs[kind]
     figures = {"min": least, "target": limit, "max": most}
     shown = "   ".join(f"{n} {describe_amount(kind, cost)} ({cost / dense:.0%})" for n, cost in figures.items())
-    return f"{shown}   satisfiable: {'yes' if least <= limit <= most else 'no'}"
+    where = ""
+    if kind == "latency_ms":
+        table = supernet.costs[kind]
+        where = f"   on {table.device}, batch size {table.batch_size}"
+    return f"{shown}{where}   satisfiable: {'yes' if least <= limit <= most else 'no'}"
 
 
 def _search_sizes(
@@ -198,6 +222,9 @@ def _search_sizes(
         found = [_network(each, like=supernet.model) for each in state["found"]]
     else:
         print(describe_reach(supernet), flush=True)
+        if config.output is not None and "latency_ms" in supernet.costs:
+            table = json.dumps(supernet.costs["latency_ms"].to_dict(), indent=1)
+            write_text(Path(config.output) / LATENCY_FILE, table + "\n")
         if supernet.score_init == "taylor":
             _rank_scores(supernet, train_loader, config, device)
 

@@ -17,6 +17,7 @@ from ofb.supernet.budget import check_targets, reachable
 from ofb.supernet.costs import costs_of
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.goals import Goals
+from ofb.supernet.latency import LatencyTable
 from ofb.supernet.losses import Criterion
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
@@ -55,7 +56,7 @@ class Supernet(nn.Module):
     Args:
         model: a timm model that `ofb.supports`; taken over, not copied.
         target: cost of the network to find: "50%" of the dense MACs, "1.1G" or a number of them; {"params": "5M"}; or
-            several budgets to keep within, {"macs": "50%", "params": "40%"}.
+            {"latency_ms": 2.5}; or several budgets to keep within, {"macs": "50%", "params": "40%"}.
         later_targets: ever smaller ones, of the same kinds of cost, that the search goes on to, each with
             `next_target()`.
         epochs: length of the search.
@@ -83,6 +84,8 @@ class Supernet(nn.Module):
         score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
         prunes_per_epoch: pruning events in an epoch.
         prune_threshold: a candidate dies at p ≤ prune_threshold / n, with n candidates alive.
+        latency_table: for a target of latency, what `ofb.measure_latency` gave on the device that matters; if None, it
+            is measured now, for one image on the model's device.
         backend: backend of all ops, None for the package's choice.
 
     Raises:
@@ -116,6 +119,7 @@ class Supernet(nn.Module):
         attention_score_penalty: float = 4e-4,
         prunes_per_epoch: int = 3,
         prune_threshold: float = 0.2,
+        latency_table: LatencyTable | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -161,7 +165,7 @@ class Supernet(nn.Module):
         self.normed = {name for name, submodule in submodules.items() if submodule.normed}
         full = {name: submodule.candidates.full for name, submodule in submodules.items()}
         targets = (target, *later_targets)
-        self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)))
+        self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)), latency_table)
         self.dense_costs = {kind: cost.total(full) for kind, cost in self.costs.items()}
         self.targets = [parse_target(each, self.dense_costs) for each in targets]
         self.targets_passed = 0
