@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ofb
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import create_loaders, create_model
-from ofb.engine.search import describe_choices, describe_reach, make_supernet
+from ofb.engine.search import describe_choices, describe_costs, describe_reach, make_supernet
 from ofb.engine.train import seed_everything
 from ofb.supernet.families import count_macs
 from tests.common import tiny_vit
@@ -205,6 +205,8 @@ def test_reach_and_choices_in_words():
     assert "(50%)" in describe_reach(supernet) and describe_reach(supernet).endswith("satisfiable: yes")
     two = describe_reach(fresh_supernet(SearchConfig(**OPTIONS, target="macs=50%,params=60%")))
     assert "parameters (60%)" in two and two.count("satisfiable: yes") == 2
+    costs = describe_costs(supernet, supernet.extract(), supernet.target)
+    assert costs.startswith("found: ") and "MACs (9" in costs or "MACs (100" in costs
     supernet.finalize()
     words = describe_choices(supernet)
     assert all(name in words for name in supernet.bimasks)

@@ -26,9 +26,9 @@ from ofb.engine.train import (
     train,
 )
 from ofb.supernet import LatencyTable, Supernet, measure_latency
-from ofb.supernet.families import build, describe
+from ofb.supernet.families import build, describe, family_of
 from ofb.supernet.importance import leave_one_out, rank_correlation
-from ofb.supernet.targets import amounts, describe_amount
+from ofb.supernet.targets import Limits, amounts, describe_amount
 
 SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
@@ -132,6 +132,8 @@ def search_targets(
         )
     found = _search_sizes(supernet, train_loader, val_loader, config, teacher)
     print(describe_choices(supernet), flush=True)
+    for limits, model in zip(supernet.targets, found, strict=True):
+        print(describe_costs(supernet, model, limits), flush=True)
     _report_importance(supernet, val_loader, config)
     networks = {}
     for target, model in zip(targets, found, strict=True):
@@ -145,6 +147,17 @@ def search_targets(
 def describe_reach(supernet: Supernet) -> str:
     """What the search can reach and what it is asked for, a line for each budget."""
     return "\n".join(_reach(supernet, kind, limit) for kind, limit in supernet.target.items())
+
+
+def describe_costs(supernet: Supernet, found: nn.Module, limits: Limits) -> str:
+    """What a found network costs, in each unit its target limits, and how much of the limit that is."""
+    sizes = {name: s.candidates.full for name, s in family_of(found).submodules(found).items()}
+    costs = {kind: supernet.costs[kind].total(sizes) for kind in limits}
+    shown = (
+        f"{describe_amount(kind, cost)} ({cost / limits[kind]:.1%} of the target){_measured_on(supernet, kind)}"
+        for kind, cost in costs.items()
+    )
+    return f"found: {'   '.join(shown)}"
 
 
 def describe_choices(supernet: Supernet) -> str:
@@ -182,11 +195,16 @@ def _reach(supernet: Supernet, kind: str, limit: float) -> str:
     dense = supernet.dense_costs[kind]
     figures = {"min": least, "target": limit, "max": most}
     shown = "   ".join(f"{n} {describe_amount(kind, cost)} ({cost / dense:.0%})" for n, cost in figures.items())
-    where = ""
-    if kind == "latency_ms":
-        table = supernet.costs[kind]
-        where = f"   on {table.device}, batch size {table.batch_size}"
-    return f"{shown}{where}   satisfiable: {'yes' if least <= limit <= most else 'no'}"
+    satisfiable = "yes" if least <= limit <= most else "no"
+    return f"{shown}{_measured_on(supernet, kind)}   satisfiable: {satisfiable}"
+
+
+def _measured_on(supernet: Supernet, kind: str) -> str:
+    """Where a latency is from: a table of another device or batch size than the report's own."""
+    if kind != "latency_ms":
+        return ""
+    table = supernet.costs[kind]
+    return f" by the table measured on {table.device}, batch size {table.batch_size}"
 
 
 def _search_sizes(
