@@ -80,8 +80,8 @@ def _check_reach(kind: str, cost: Cost, options: Options, limit: float) -> None:
         low, high, got = amounts
         dense = cost.total({name: max(sizes, key=lambda size: size[0] * size[1]) for name, sizes in options.items()})
         raise ValueError(
-            f"target: expected between {low} and {high} {UNITS[kind]} ({least / dense:.1%} to {most / dense:.0%} of dense), "
-            f"got {got} ({limit / dense:.1%}); choose one within"
+            f"target: expected between {low} and {high} {UNITS[kind]} ({least / dense:.1%} to {most / dense:.0%} of "
+            f"dense), got {got} ({limit / dense:.1%}); choose one within"
         )
 
 
