@@ -5,7 +5,7 @@ from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
 from ofb.hugging_face import from_transformers, to_transformers
-from ofb.supernet import LatencyTable, Supernet, adaptive_one_hot_loss, measure_latency
+from ofb.supernet import LatencyTable, SearchSpace, Supernet, adaptive_one_hot_loss, measure_latency
 from ofb.supernet.families import Support, supports
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ExportConfig",
     "LatencyTable",
     "SearchConfig",
+    "SearchSpace",
     "Supernet",
     "Support",
     "TrainConfig",

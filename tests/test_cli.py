@@ -51,6 +51,21 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert (tmp_path / "model.onnx").stat().st_size > 1000
 
 
+def test_wished_sizes(dense_run, tmp_path, capsys):
+    folder = str(tmp_path / "search")
+    sizes = range(32, 97, 2)
+    wishes = ("--freeze", "embed", "--round-to", "4", "--bounds", "attn*=0.25:1")
+    wishes += ("--candidates", f"mlp0={','.join(map(str, sizes))}")
+    assert run(SEARCH, "--checkpoint", dense_run, "--target", "60%", *wishes, "--output", folder) == 0
+    block = ofb.load(f"{folder}/export").blocks[0]
+    assert block.attn.qkv.in_features == 32 and block.mlp.fc1.out_features in sizes
+    text = (tmp_path / "search" / "config.yaml").read_text()
+    assert "round_to: 4" in text and "freeze:\n- embed" in text and "- attn*=0.25:1" in text
+    capsys.readouterr()
+    assert run("search --resume", "--output", folder) == 0
+    assert "sizes: " in capsys.readouterr().out
+
+
 def test_several_targets(dense_run, tmp_path, capsys):
     folder = tmp_path / "search"
     more = ("--checkpoint", dense_run, "--targets", "60%,40%", "--output", str(folder))
@@ -110,6 +125,7 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
         ("fly", "command: expected one of search, train, evaluate, export, got 'fly'"),
         ("search --target 3%", "target: expected between"),
         ("search --target half", "target: expected MACs such as"),
+        ("search --target 50% --freeze head", "freeze: expected a pattern of embed, attn0, mlp0, got 'head'"),
         ("train --model vit_tinny_patch16_224", "model: expected a timm model name, got 'vit_tinny_patch16_224'"),
         ("search --model vit_tiny_patch16_224 --model-kwargs depth=1 attn_drop_rate=0.1", "model: cannot be searched"),
         ("train --device gpu", "device: expected one of this machine"),

@@ -21,6 +21,7 @@ def test_defaults_are_the_recipe():
     [
         TrainConfig(model_kwargs=("img_size=8", "act_layer=gelu"), lr=1e-3),
         SearchConfig(target="1.1G", finetune_epochs=0),
+        SearchConfig(round_to=4, freeze=("embed",), candidates=("attn*=2,4x16,32",), bounds=("mlp*=0.5:1",)),
         EvaluateConfig(checkpoint="runs/x"),
     ],
 )
@@ -62,3 +63,17 @@ def test_bad_values(config_class, options, message):
 def test_unknown_option():
     with pytest.raises(ValueError, match="DataConfig has no option colour, size; remove it"):
         from_dict(DataConfig, {"size": 3, "colour": 1, "batch_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"round_to": 0}, "round_to: expected at least 1, got 0"),
+        ({"candidates": ("mlp0:4",)}, "candidates: expected PATTERN=64,96,128 or PATTERN=2,4x32,64, got 'mlp0:4'"),
+        ({"bounds": ("mlp0=half",)}, "bounds: expected PATTERN=LOW:HIGH"),
+        ({"bounds": ("mlp0=0.9:0.5",)}, "bounds: expected 0 <= low <= high <= 1"),
+    ],
+)
+def test_bad_wishes_for_sizes(options, message):
+    with pytest.raises(ValueError, match=message):
+        SearchConfig(**options)

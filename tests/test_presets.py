@@ -14,7 +14,7 @@ PAPER_SEARCH = {
     "lam_start": 0.99, "lam_end": 0.1, "mask_ratio_start": 0.05, "mask_ratio_end": 0.25, "macs_weight": 5.0,
     "one_hot_weight": 0.5, "one_hot_delay": 0.0, "architecture_init": "random", "score_init": "random",
     "score_mean": 0.0, "score_lr": 1e-3, "pace": 0.0, "settling": 0.0, "prunes_per_epoch": 3,
-    "prune_threshold": 0.2, "distillation": None,
+    "prune_threshold": 0.2, "distillation": None, "round_to": 1, "freeze": (), "candidates": (), "bounds": (),
 }  # fmt: skip
 PAPER_FINETUNE = {
     "epochs": 300, "lr": 6e-4, "weight_decay": 0.05, "layer_decay": 0.95, "warmup_epochs": 5, "model_ema": True,

@@ -8,7 +8,7 @@ import torch
 from timm.layers import RmsNorm
 
 import ofb
-from ofb.supernet import Supernet
+from ofb.supernet import SearchSpace, Supernet
 from ofb.supernet.families import build, count_macs, describe, family_of, swin
 from tests.common import tiny_swin
 from tests.test_cost import counted_by_torch
@@ -166,3 +166,15 @@ def test_masked_areas_must_divide_the_image():
     with pytest.raises(ValueError, match="img_size as a multiple of 8 pixels"):
         make_supernet(model_options={"img_size": 36}, mask_ratio_end=0.25)
     make_supernet(model_options={"img_size": 36})
+
+
+def test_frozen_submodules_stay_and_the_rest_ends_on_target():
+    supernet = make_supernet(space=SearchSpace(freeze=("embed*", "attn0"), bounds={"mlp*": (0.25, 0.875)}))
+    train(supernet, 24, pixels=32)
+    extracted = supernet.extract().eval()
+    assert supernet.finished and 0.98 <= count_macs(extracted) / supernet.target_macs <= 1
+    sizes = {name: submodule.candidates.full for name, submodule in swin.submodules(extracted).items()}
+    before = {name: submodule.candidates.full for name, submodule in swin.submodules(tiny_swin()).items()}
+    assert all(sizes[name] == before[name] for name in ("embed0", "embed1", "attn0"))
+    images = images_of(extracted, dtype=torch.float32)
+    torch.testing.assert_close(extracted(images), supernet.eval()(images), atol=1e-5, rtol=1e-5)

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from timm.optim import list_optimizers
 
 from ofb.supernet.losses import Criterion
+from ofb.supernet.search_space import SearchSpace
 
 Config = TypeVar("Config")
 
@@ -245,6 +246,20 @@ class SearchConfig(TrainingConfig):
     latency_batch_size: int = 1
     """Images at once when latency is measured."""
 
+    round_to: int = 8
+    """Residual width and hidden sizes are multiples of this, channels of a head of this or 8, whichever is smaller. The
+    full size may stay; a submodule that would be left with fewer than 4 sizes is not rounded; 1 rounds nothing."""
+
+    freeze: tuple[str, ...] = ()
+    """Submodules that keep their full size, by name or pattern: embed mlp0 "attn*"."""
+
+    candidates: tuple[str, ...] = ()
+    """Sizes to choose from instead of a submodule's own: "mlp0=64,96,128", for attention heads x channels:
+    "attn*=2,4x32,64", or one of the two: "attn*=2,4x"."""
+
+    bounds: tuple[str, ...] = ()
+    """Smallest and largest candidate of submodules, as shares of the full size: "mlp*=0.5:1"."""
+
     backend: Literal["reference", "eager", "triton"] | None = None
     """Backend of the ops; the fastest for the device if not given."""
 
@@ -335,6 +350,7 @@ class SearchConfig(TrainingConfig):
         _at_least(self, 1, "prunes_per_epoch", "latency_batch_size")
         _between(self, 0, 1, "prune_threshold")
         _positive(self, "architecture_lr", "score_lr")
+        self.search_space()
         if len(self.all_targets()) > self.epochs:
             raise ValueError(f"targets: expected at most one an epoch, got {self.targets} in {self.epochs} epochs")
         if self.finetune_epochs:
@@ -345,6 +361,10 @@ class SearchConfig(TrainingConfig):
         if self.targets is None:
             return [self.target]
         return [target.strip() for target in self.targets.split(";" if ";" in self.targets else ",")]
+
+    def search_space(self) -> SearchSpace:
+        """What is wanted of the candidate sizes."""
+        return SearchSpace.parse(self.round_to, self.freeze, self.candidates, self.bounds)
 
     def finetune(self) -> TrainConfig:
         """The fine-tuning as dense training."""

@@ -24,6 +24,7 @@ _DEIT_IMAGENET = {
     "aa": "rand-m9-mstd0.5-inc1",
     "reprob": 0.25,
     "aug_repeats": 3,
+    "round_to": 1,
     "residual_mask": "stream",
     "architecture_init": "random",
     "score_init": "random",

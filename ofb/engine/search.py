@@ -49,6 +49,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         model,
         target,
         later_targets=later_targets,
+        space=config.search_space(),
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=_warmup_epochs(config),

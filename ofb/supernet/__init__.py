@@ -2,6 +2,7 @@
 
 from ofb.supernet.latency import LatencyTable, measure_latency
 from ofb.supernet.losses import Losses, adaptive_one_hot_loss
+from ofb.supernet.search_space import SearchSpace
 from ofb.supernet.supernet import Supernet
 
-__all__ = ["LatencyTable", "Losses", "Supernet", "adaptive_one_hot_loss", "measure_latency"]
+__all__ = ["LatencyTable", "Losses", "SearchSpace", "Supernet", "adaptive_one_hot_loss", "measure_latency"]

@@ -48,7 +48,7 @@ class BiMask(nn.Module):
         nn.init.trunc_normal_(self.score, score_mean, SCORE_STD, score_mean - 2 * SCORE_STD, score_mean + 2 * SCORE_STD)
         self.alpha = nn.Parameter(_initial_logits(candidates, architecture_init).to(device, dtype))
         self.scale = nn.Parameter(torch.ones_like(self.score))
-        self.register_buffer("alive", torch.ones_like(self.alpha, dtype=torch.bool))
+        self.register_buffer("alive", _allowed(candidates).to(device))
         self.register_buffer("head_counts", torch.tensor(candidates.heads, device=device))
         self.register_buffer("channel_counts", torch.tensor(candidates.channels, device=device))
         self.candidates = candidates
@@ -72,6 +72,12 @@ class BiMask(nn.Module):
         return torch.ones_like(self.score).view(self.candidates.full) if self.final else self.mask(0.0)
 
     # What follows reads values back from the device: for pruning events only.
+
+    @property
+    def oversized(self) -> bool:
+        """Whether it has units that no living candidate keeps: until the first pruning event, where the search space
+        excludes the full size."""
+        return not (bool(self.alive[-1].any()) and bool(self.alive[:, -1].any()))
 
     @torch.no_grad()
     def sizes(self, alive: Tensor) -> dict[tuple[int, int], float]:
@@ -133,7 +139,13 @@ class BiMask(nn.Module):
     def refresh(self) -> None:
         """Read back from the buffers what the host knows of them."""
         self.candidates = Candidates(tuple(self.head_counts.tolist()), tuple(self.channel_counts.tolist()))
-        self.final = int(self.alive.sum()) == 1
+        self.final = int(self.alive.sum()) == 1 and not self.oversized
+
+
+def _allowed(candidates: Candidates) -> Tensor:
+    """(A, B) bool."""
+    sizes = [[(heads, channels) for channels in candidates.channels] for heads in candidates.heads]
+    return torch.tensor([[size not in candidates.excluded for size in row] for row in sizes])
 
 
 def _initial_logits(candidates: Candidates, architecture_init: str) -> Tensor:

@@ -21,10 +21,12 @@ def leave_one_out(
         units: at most so many of each submodule, drawn from torch's generator.
 
     Returns:
-        For each submodule with at least three units, importances and loss changes, both in the order drawn.
+        For each submodule that was searched and has at least three units, importances and loss changes, both in
+        the order drawn.
     """
     model = supernet.extract().eval()
     submodules = supernet.family.submodules(model)
+    searched = {choice["submodule"] for choice in supernet.choices}
 
     def loss() -> float:
         return float(torch.nn.functional.cross_entropy(model(images).float(), targets).double())
@@ -33,7 +35,7 @@ def leave_one_out(
     for name, submodule in submodules.items():
         importance = supernet.bimasks[name].score.sigmoid()
         drawn = torch.randperm(submodule.candidates.units)[:units].tolist()
-        if len(drawn) < 3:
+        if len(drawn) < 3 or name not in searched:
             continue
         changes = []
         for unit in drawn:

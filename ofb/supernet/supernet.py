@@ -22,6 +22,7 @@ from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
+from ofb.supernet.search_space import SearchSpace
 from ofb.supernet.stack import Stack
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
@@ -44,6 +45,7 @@ class Supernet(nn.Module):
             {"latency_ms": 2.5}; or several budgets to keep within, {"macs": "50%", "params": "40%"}.
         later_targets: ever smaller ones, of the same kinds of cost, that the search goes on to, each with
             `next_target()`.
+        space: what you want of the candidate sizes; the defaults of `SearchSpace` if None.
         epochs: length of the search.
         steps_per_epoch: optimizer steps in an epoch (the default is ImageNet-1K at batch 1024).
         warmup_epochs: epochs over which λ falls and the share of masked patches grows; a fifth of `epochs` if None.
@@ -83,6 +85,7 @@ class Supernet(nn.Module):
         target: Target = "50%",
         *,
         later_targets: Sequence[Target] = (),
+        space: SearchSpace | None = None,
         epochs: int = 100,
         steps_per_epoch: int = 1251,
         warmup_epochs: float | None = None,
@@ -154,8 +157,9 @@ class Supernet(nn.Module):
         self.dense_costs = {kind: cost.total(full) for kind, cost in self.costs.items()}
         self.targets = [parse_target(each, self.dense_costs) for each in targets]
         self.targets_passed = 0
+        candidates = (space or SearchSpace()).narrow({name: s.candidates for name, s in submodules.items()})
         self.bimasks = nn.ModuleDict(
-            {name: BiMask(s.candidates, score_mean, architecture_init, **like) for name, s in submodules.items()}
+            {name: BiMask(each, score_mean, architecture_init, **like) for name, each in candidates.items()}
         )
         self.score_init = score_init
         if score_init != "random":
@@ -290,7 +294,7 @@ class Supernet(nn.Module):
             self._events_left() if last else None,
         )
         for name, bimask in self.bimasks.items():
-            if not torch.equal(bimask.alive, surviving[name]):
+            if bimask.oversized or not torch.equal(bimask.alive, surviving[name]):
                 self._keep_candidates(name, surviving[name], optimizer, how="pruned")
 
     def finalize(self, optimizer: Optimizer | None = None) -> None:
