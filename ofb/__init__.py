@@ -5,12 +5,13 @@ from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
 from ofb.hugging_face import from_transformers, to_transformers
-from ofb.supernet import SearchSpace, Supernet, adaptive_one_hot_loss
+from ofb.supernet import LatencyTable, SearchSpace, Supernet, adaptive_one_hot_loss, measure_latency
 from ofb.supernet.families import Support, supports
 
 __all__ = [
     "EvaluateConfig",
     "ExportConfig",
+    "LatencyTable",
     "SearchConfig",
     "SearchSpace",
     "Supernet",
@@ -21,6 +22,7 @@ __all__ = [
     "export_onnx",
     "from_transformers",
     "load",
+    "measure_latency",
     "save",
     "search",
     "search_targets",

@@ -1,6 +1,7 @@
 """The search as a whole: it resumes as if never interrupted, meets its target and keeps the accuracy on real images."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ofb
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import create_loaders, create_model
-from ofb.engine.search import describe_choices, describe_reach, make_supernet
+from ofb.engine.search import describe_choices, describe_costs, describe_reach, make_supernet
 from ofb.engine.train import seed_everything
 from ofb.supernet.families import count_macs
 from tests.common import tiny_vit
@@ -176,6 +177,24 @@ def test_supernet_of_another_length(loaders):
         ofb.search(ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4), *loaders, config)
 
 
+def test_latency_is_measured_once(tmp_path, monkeypatch):
+    """The table lies in the run folder, from where the same run or another one takes it."""
+    monkeypatch.setattr("ofb.supernet.latency.TIMED_RUNS", 1)
+    table = ofb.measure_latency(tiny_vit())
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps(table.to_dict()))
+    monkeypatch.setattr("ofb.engine.search.measure_latency", None)  # it must not be called
+    config = SearchConfig(**OPTIONS, target="latency_ms=100%", latency_table=str(path))
+    with pytest.raises(ValueError, match=r"latency_batch_size: expected 1, with which .* got 8; give the same"):
+        make_supernet(tiny_vit(), dataclasses.replace(config, latency_batch_size=8), 4)
+    with pytest.raises(ValueError, match="latency_table: expected a latency.json that ofb wrote, got nowhere"):
+        make_supernet(tiny_vit(), dataclasses.replace(config, latency_table="nowhere"), 4)
+    supernet = make_supernet(tiny_vit(), config, 4)
+    assert "batch size 1" in describe_reach(supernet) and " ms (100%)" in describe_reach(supernet)
+    resumed = dataclasses.replace(config, latency_table=None, output=str(tmp_path), resume=True)
+    assert make_supernet(tiny_vit(), resumed, 4).costs["latency_ms"].grids == supernet.costs["latency_ms"].grids
+
+
 def test_target_out_of_reach():
     with pytest.raises(ValueError, match="target: expected between .*got .*1.0%.*; choose one within"):
         fresh_supernet(SearchConfig(**OPTIONS, target="1%"))
@@ -186,6 +205,8 @@ def test_reach_and_choices_in_words():
     assert "(50%)" in describe_reach(supernet) and describe_reach(supernet).endswith("satisfiable: yes")
     two = describe_reach(fresh_supernet(SearchConfig(**OPTIONS, target="macs=50%,params=60%")))
     assert "parameters (60%)" in two and two.count("satisfiable: yes") == 2
+    costs = describe_costs(supernet, supernet.extract(), supernet.target)
+    assert costs.startswith("found: ") and "MACs (9" in costs or "MACs (100" in costs
     supernet.finalize()
     words = describe_choices(supernet)
     assert all(name in words for name in supernet.bimasks)

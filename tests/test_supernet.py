@@ -123,6 +123,26 @@ def test_search_ends_on_target(target, seed):
     assert (1 - TOLERANCE) * supernet.target_macs <= cost <= supernet.target_macs
 
 
+@pytest.mark.parametrize("target", [{"params": "50%"}, {"macs": "60%", "params": "50%"}, "params=60%,macs=45%"])
+def test_search_ends_within_all_budgets(target):
+    supernet = make_supernet(target=target)
+    train(supernet, supernet.total_steps)
+    network = supernet.extract()
+    costs = {"macs": count_macs(network), "params": sum(p.numel() for p in network.parameters())}
+    assert supernet.finished
+    assert 1 - TOLERANCE <= max(costs[kind] / limit for kind, limit in supernet.target.items()) <= 1
+
+
+def test_later_budgets_ramp_from_those_before():
+    options = {"target": {"macs": "80%", "params": "70%"}, "later_targets": ["macs=60%,params=50%"], "pace": 0.5}
+    supernet = make_supernet(**options)
+    supernet.next_target()
+    assert supernet.goals.goals.tolist() == pytest.approx(list(supernet.targets[0].values()))
+    supernet.steps = supernet.total_steps
+    supernet._set_schedules()
+    assert supernet.goals.goals.tolist() == pytest.approx(list(supernet.targets[1].values()))
+
+
 def test_unfinished_search_extracts_on_target_and_stays_open():
     supernet = make_supernet()
     train(supernet, 5)

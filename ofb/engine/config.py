@@ -234,11 +234,17 @@ class SearchConfig(TrainingConfig):
 
     target: str = "50%"
     """Cost of the network to find: a share of the dense MACs (50%) or MACs (1.1G); or one or several budgets to keep
-    within, such as params=5M or macs=50%,params=40%."""
+    within, such as params=5M, latency_ms=2.5 or macs=50%,params=40%."""
 
     targets: str | None = None
     """Several costs instead of --target, the largest first, such as 50%,30%,15%: one search passes them one after the
     other, and each network is fine-tuned. Costs of several budgets are divided by semicolons."""
+
+    latency_table: str | None = None
+    """For a target of latency, the latency.json of an earlier run; measured at the start, on --device, if not given."""
+
+    latency_batch_size: int = 1
+    """Images at once when latency is measured."""
 
     round_to: int = 8
     """Residual width and hidden sizes are multiples of this, channels of a head of this or 8, whichever is smaller. The
@@ -341,7 +347,7 @@ class SearchConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 0, "finetune_epochs", "finetune_weight_decay", "one_hot_weight", "macs_weight")
-        _at_least(self, 1, "prunes_per_epoch")
+        _at_least(self, 1, "prunes_per_epoch", "latency_batch_size")
         _between(self, 0, 1, "prune_threshold")
         _positive(self, "architecture_lr", "score_lr")
         self.search_space()

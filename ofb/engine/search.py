@@ -25,14 +25,15 @@ from ofb.engine.train import (
     teaching,
     train,
 )
-from ofb.supernet import Supernet
-from ofb.supernet.families import build, describe
+from ofb.supernet import LatencyTable, Supernet, measure_latency
+from ofb.supernet.families import build, describe, family_of
 from ofb.supernet.importance import leave_one_out, rank_correlation
-from ofb.supernet.targets import describe_amount
+from ofb.supernet.targets import Limits, amounts, describe_amount
 
 SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
 SCORE_BATCHES = 16  # to rank the units on before the first step
+LATENCY_FILE = "latency.json"
 IMPORTANCE_IMAGES = 256  # of the validation images, to leave units out on
 
 
@@ -43,6 +44,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         ValueError: the target is out of reach, or the model cannot be searched.
     """
     target, *later_targets = config.all_targets()
+    timed = any("latency_ms" in amounts(each) for each in config.all_targets())
     return Supernet(
         model,
         target,
@@ -67,6 +69,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         settling=config.settling,
         prunes_per_epoch=config.prunes_per_epoch,
         prune_threshold=config.prune_threshold,
+        latency_table=_latency_table(model, config) if timed else None,
         backend=config.backend,
     )
 
@@ -130,6 +133,8 @@ def search_targets(
         )
     found = _search_sizes(supernet, train_loader, val_loader, config, teacher)
     print(describe_choices(supernet), flush=True)
+    for limits, model in zip(supernet.targets, found, strict=True):
+        print(describe_costs(supernet, model, limits), flush=True)
     _report_importance(supernet, val_loader, config)
     networks = {}
     for target, model in zip(targets, found, strict=True):
@@ -145,6 +150,17 @@ def describe_reach(supernet: Supernet) -> str:
     return "\n".join(_reach(supernet, kind, limit) for kind, limit in supernet.target.items())
 
 
+def describe_costs(supernet: Supernet, found: nn.Module, limits: Limits) -> str:
+    """What a found network costs, in each unit its target limits, and how much of the limit that is."""
+    sizes = {name: s.candidates.full for name, s in family_of(found).submodules(found).items()}
+    costs = {kind: supernet.costs[kind].total(sizes) for kind in limits}
+    shown = (
+        f"{describe_amount(kind, cost)} ({cost / limits[kind]:.1%} of the target){_measured_on(supernet, kind)}"
+        for kind, cost in costs.items()
+    )
+    return f"found: {'   '.join(shown)}"
+
+
 def describe_choices(supernet: Supernet) -> str:
     """The sizes found, and which of them the search left open until its end."""
     sizes = "  ".join(f"{choice['submodule']} {_size(choice['size'])}" for choice in supernet.choices)
@@ -158,12 +174,38 @@ def describe_choices(supernet: Supernet) -> str:
     )
 
 
+def _latency_table(model: nn.Module, config: SearchConfig) -> LatencyTable:
+    """The table of the run to resume, or else the one the config names, or else one that is measured now."""
+    path = Path(config.output) / LATENCY_FILE if config.resume else config.latency_table
+    if path is None:
+        return measure_latency(model, config.latency_batch_size, pick_device(config))
+    try:
+        table = LatencyTable.from_dict(json.loads(Path(path).read_text()), model)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"latency_table: expected a latency.json that ofb wrote, got {path}: {error}") from error
+    if table.batch_size != config.latency_batch_size:
+        raise ValueError(
+            f"latency_batch_size: expected {table.batch_size}, with which {path} was measured, got "
+            f"{config.latency_batch_size}; give the same, or no --latency-table"
+        )
+    return table
+
+
 def _reach(supernet: Supernet, kind: str, limit: float) -> str:
     least, most = supernet.reachable(kind)
     dense = supernet.dense_costs[kind]
     figures = {"min": least, "target": limit, "max": most}
     shown = "   ".join(f"{n} {describe_amount(kind, cost)} ({cost / dense:.0%})" for n, cost in figures.items())
-    return f"{shown}   satisfiable: {'yes' if least <= limit <= most else 'no'}"
+    satisfiable = "yes" if least <= limit <= most else "no"
+    return f"{shown}{_measured_on(supernet, kind)}   satisfiable: {satisfiable}"
+
+
+def _measured_on(supernet: Supernet, kind: str) -> str:
+    """Where a latency is from: a table of another device or batch size than the report's own."""
+    if kind != "latency_ms":
+        return ""
+    table = supernet.costs[kind]
+    return f" by the table measured on {table.device}, batch size {table.batch_size}"
 
 
 def _search_sizes(
@@ -199,6 +241,9 @@ def _search_sizes(
         found = [_network(each, like=supernet.model) for each in state["found"]]
     else:
         print(describe_reach(supernet), flush=True)
+        if config.output is not None and "latency_ms" in supernet.costs:
+            table = json.dumps(supernet.costs["latency_ms"].to_dict(), indent=1)
+            write_text(Path(config.output) / LATENCY_FILE, table + "\n")
         if supernet.score_init == "taylor":
             _rank_scores(supernet, train_loader, config, device)
 

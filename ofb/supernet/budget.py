@@ -78,9 +78,10 @@ def _check_reach(kind: str, cost: Cost, options: Options, limit: float) -> None:
     if not least <= limit <= most:
         amounts = (describe_amount(kind, amount).removesuffix(f" {UNITS[kind]}") for amount in (least, most, limit))
         low, high, got = amounts
+        dense = cost.total({name: max(sizes, key=lambda size: size[0] * size[1]) for name, sizes in options.items()})
         raise ValueError(
-            f"target: expected between {low} and {high} {UNITS[kind]} ({least / most:.1%} to 100% of dense), got "
-            f"{got} ({limit / most:.1%}); choose one within"
+            f"target: expected between {low} and {high} {UNITS[kind]} ({least / dense:.1%} to {most / dense:.0%} of "
+            f"dense), got {got} ({limit / dense:.1%}); choose one within"
         )
 
 

@@ -14,6 +14,20 @@ LOG_PROBABILITY_FLOOR = -80.0
 DISTILLATIONS = (None, "auto", "soft", "hard")
 
 
+@dataclass
+class Losses:
+    """The losses of one step, 0-d tensors; `total` is what to differentiate, the others are detached parts of it.
+
+    `macs` is the loss of all budgets, whatever costs they limit.
+    """
+
+    total: Tensor
+    classification: Tensor
+    one_hot: Tensor
+    macs: Tensor
+    reconstruction: Tensor
+
+
 def adaptive_one_hot_loss(alpha: Tensor, alive: Tensor | None = None) -> Tensor:
     """Adaptive one-hot loss of a submodule's candidate probabilities p = softmax(alpha) over its n alive candidates.
 

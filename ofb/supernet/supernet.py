@@ -4,7 +4,6 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -17,8 +16,10 @@ from ofb.supernet.budget import check_targets, reachable
 from ofb.supernet.costs import costs_of
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.goals import Goals
-from ofb.supernet.losses import Criterion
+from ofb.supernet.latency import LatencyTable
+from ofb.supernet.losses import Criterion, Losses
 from ofb.supernet.masked_images import MaskedImages
+from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
 from ofb.supernet.search_space import SearchSpace
@@ -26,23 +27,8 @@ from ofb.supernet.stack import Stack
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
 
-LOGIT_TRAVEL, SCORE_TRAVEL = 25.0, 0.5
 RESIDUAL_MASKS = ("stream", "input")
 SCORE_INITS = ("taylor", "magnitude", "random")
-
-
-@dataclass
-class Losses:
-    """The losses of one step, 0-d tensors; `total` is what to differentiate, the others are detached parts of it.
-
-    `macs` is the loss of all budgets, whatever costs they limit.
-    """
-
-    total: Tensor
-    classification: Tensor
-    one_hot: Tensor
-    macs: Tensor
-    reconstruction: Tensor
 
 
 class Supernet(nn.Module):
@@ -56,7 +42,7 @@ class Supernet(nn.Module):
     Args:
         model: a timm model that `ofb.supports`; taken over, not copied.
         target: cost of the network to find: "50%" of the dense MACs, "1.1G" or a number of them; {"params": "5M"}; or
-            several budgets to keep within, {"macs": "50%", "params": "40%"}.
+            {"latency_ms": 2.5}; or several budgets to keep within, {"macs": "50%", "params": "40%"}.
         later_targets: ever smaller ones, of the same kinds of cost, that the search goes on to, each with
             `next_target()`.
         space: what you want of the candidate sizes; the defaults of `SearchSpace` if None.
@@ -85,6 +71,8 @@ class Supernet(nn.Module):
         score_penalty, attention_score_penalty: weights of Σ S in the one-hot loss.
         prunes_per_epoch: pruning events in an epoch.
         prune_threshold: a candidate dies at p ≤ prune_threshold / n, with n candidates alive.
+        latency_table: for a target of latency, what `ofb.measure_latency` gave on the device that matters; if None, it
+            is measured now, for one image on the model's device.
         backend: backend of all ops, None for the package's choice.
 
     Raises:
@@ -119,6 +107,7 @@ class Supernet(nn.Module):
         attention_score_penalty: float = 4e-4,
         prunes_per_epoch: int = 3,
         prune_threshold: float = 0.2,
+        latency_table: LatencyTable | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -164,7 +153,7 @@ class Supernet(nn.Module):
         self.normed = {name for name, submodule in submodules.items() if submodule.normed}
         full = {name: submodule.candidates.full for name, submodule in submodules.items()}
         targets = (target, *later_targets)
-        self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)))
+        self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)), latency_table)
         self.dense_costs = {kind: cost.total(full) for kind, cost in self.costs.items()}
         self.targets = [parse_target(each, self.dense_costs) for each in targets]
         self.targets_passed = 0
@@ -357,20 +346,11 @@ class Supernet(nn.Module):
         Args:
             weight_decay: on matrices; biases, norms, tokens, scores and scales have none.
             architecture_lr, score_lr: learning rates of the logits and of the scores. Adam carries a logit about as far
-                as learning rate × steps; if None they are such that this is `LOGIT_TRAVEL` or `SCORE_TRAVEL`, however
-                long the search.
+                as learning rate × steps; if None they are such that this is `parameter_groups.TRAVEL`, however long the
+                search.
         """
-        names = ("decay", "no_decay", "score", "architecture")
-        parameters = {name: [] for name in names}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                parameters[_group_of(name, parameter)].append(parameter)
-        groups = {name: {"params": parameters[name], "weight_decay": 0.0} for name in names}
-        groups["decay"]["weight_decay"] = weight_decay
-        groups["architecture"]["betas"] = (0.5, 0.999)
-        for name, rate, travel in (("architecture", architecture_lr, LOGIT_TRAVEL), ("score", score_lr, SCORE_TRAVEL)):
-            groups[name]["lr"] = travel / self.total_steps if rate is None else rate
-        return list(groups.values())
+        rates = {"architecture": architecture_lr, "score": score_lr}
+        return parameter_groups(self.named_parameters(), weight_decay, rates, self.total_steps)
 
     # ---- saving and loading ----
 
@@ -511,12 +491,3 @@ class Supernet(nn.Module):
 
     def _backend(self) -> AbstractContextManager:
         return nullcontext() if self.backend is None else use_backend(self.backend)
-
-
-def _group_of(name: str, parameter: nn.Parameter) -> str:
-    if name.endswith(".alpha"):
-        return "architecture"
-    if name.endswith(".score"):
-        return "score"
-    is_token = name.endswith(("token", "pos_embed", "latent"))
-    return "no_decay" if parameter.dim() < 2 or is_token else "decay"
