@@ -152,14 +152,42 @@ def test_description_is_plain_and_rebuilds():
     ("options", "reason"),
     [
         ({"dynamic_img_size": True}, "dynamic_img_size"),
-        ({"attn_drop_rate": 0.1}, "expected no dropout"),
-        ({"proj_drop_rate": 0.1}, "expected no dropout"),
+        ({"attn_drop_rate": 0.1}, "expected no attention dropout"),
+        ({"proj_drop_rate": 0.1}, "layers.0.blocks.0.attn: expected no attention dropout"),
         ({"norm_layer": RmsNorm}, "expected a LayerNorm"),
     ],
 )
 def test_refusals_say_why(options, reason):
     with pytest.raises(ValueError, match=f"model: cannot be searched: .*{reason}"):
         family_of(tiny_swin(**options))
+
+
+def test_wrong_image_size():
+    with pytest.raises(ValueError, match="images: expected 32 × 32 pixels, got 40 × 32; resize them"):
+        make_supernet()(torch.randn(1, 3, 40, 32))
+
+
+def test_triton_agrees_with_the_reference(device):
+    losses = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        supernet = make_supernet(backend=backend, model_options={"drop_path_rate": 0.0}).to(device)
+        loss = supernet.loss(images_of(supernet.model, dtype=torch.float32).to(device), torch.tensor([0, 3]).to(device))
+        table = supernet.model.layers[1].blocks[1].attn.relative_position_bias_table
+        losses.append((loss.total, *torch.autograd.grad(loss.total, [table, supernet.bimasks["attn3"].alpha])))
+    for reference, triton in zip(*losses, strict=True):
+        torch.testing.assert_close(triton, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_onnx_computes_the_same(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    supernet = make_supernet()
+    train(supernet, 24, pixels=32)
+    network, images = supernet.extract().eval(), images_of(supernet.model, 3, torch.float32)
+    ofb.export_onnx(network, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), network(images).detach(), atol=1e-4, rtol=0)
 
 
 def test_masked_areas_must_divide_the_image():

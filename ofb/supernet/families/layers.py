@@ -1,4 +1,4 @@
-"""timm's small layers under masks, shared by the families: norms, residual branches, activations."""
+"""timm's layers under masks that the families share: patch embedding, norms, residual branches, activations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +56,18 @@ def norm_kind(norm: nn.Module) -> str | None:
 def present(*layers: nn.Module | None) -> bool:
     """Whether one of some optional layers is there: neither None nor an Identity."""
     return any(not isinstance(layer, nn.Identity | None) for layer in layers)
+
+
+def patch_embeddings(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, patches, D), before the norm that may belong to them, mask tokens and position embedding.
+
+    Raises:
+        ValueError: the images are not of the model's size; a search is at one size, even with dynamic_img_size.
+    """
+    if tuple(images.shape[-2:]) != tuple(model.patch_embed.img_size):
+        expected, got = " × ".join(map(str, model.patch_embed.img_size)), " × ".join(map(str, images.shape[-2:]))
+        raise ValueError(f"images: expected {expected} pixels, got {got}; resize them, or make the model with img_size")
+    return model.patch_embed.proj(images).flatten(2).mT
 
 
 def masked_norm(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:

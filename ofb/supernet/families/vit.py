@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ofb.supernet.cost import Cost
 from ofb.supernet.families import attentions, mlps, pools
-from ofb.supernet.families.layers import Submodule, add_norm, masked_norm, present, scale_rows, sync_layers
+from ofb.supernet.families.layers import (
+    Submodule,
+    add_norm,
+    masked_norm,
+    patch_embeddings,
+    present,
+    scale_rows,
+    sync_layers,
+)
 from ofb.supernet.families.vit_checks import check
 from ofb.supernet.families.vit_description import build, describe
 from ofb.supernet.masked_images import TokenArea
@@ -88,18 +96,6 @@ def token_area(model: VisionTransformer) -> TokenArea:
 def blocks(model: VisionTransformer) -> list[nn.Module]:
     """All blocks, from the images on."""
     return list(model.blocks)
-
-
-def patch_embeddings(model: VisionTransformer, images: Tensor) -> Tensor:
-    """(B, patches, D), before the norm that may belong to them, mask tokens and position embedding.
-
-    Raises:
-        ValueError: the images are not of the model's size; a search is at one size, even with dynamic_img_size.
-    """
-    if tuple(images.shape[-2:]) != tuple(model.patch_embed.img_size):
-        expected, got = " × ".join(map(str, model.patch_embed.img_size)), " × ".join(map(str, images.shape[-2:]))
-        raise ValueError(f"images: expected {expected} pixels, got {got}; resize them, or make the model with img_size")
-    return model.patch_embed.proj(images).flatten(2).mT
 
 
 def features(
