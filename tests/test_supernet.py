@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ofb.supernet import SearchSpace, Supernet, decisions
+from ofb.supernet import Supernet
 from ofb.supernet.budget import TOLERANCE
 from ofb.supernet.families import count_macs
 from ofb.supernet.masked_images import draw_areas, replace_patches
@@ -131,16 +131,6 @@ def test_search_ends_within_all_budgets(target):
     costs = {"macs": count_macs(network), "params": sum(p.numel() for p in network.parameters())}
     assert supernet.finished
     assert 1 - TOLERANCE <= max(costs[kind] / limit for kind, limit in supernet.target.items()) <= 1
-
-
-def test_later_budgets_ramp_from_those_before():
-    options = {"target": {"macs": "80%", "params": "70%"}, "later_targets": ["macs=60%,params=50%"], "pace": 0.5}
-    supernet = make_supernet(**options)
-    supernet.next_target()
-    assert supernet.goals.goals.tolist() == pytest.approx(list(supernet.targets[0].values()))
-    supernet.steps = supernet.total_steps
-    supernet._set_schedules()
-    assert supernet.goals.goals.tolist() == pytest.approx(list(supernet.targets[1].values()))
 
 
 def test_unfinished_search_extracts_on_target_and_stays_open():
@@ -411,75 +401,6 @@ def test_rank_scores_leaves_the_mode():
     assert not supernet.model.training
 
 
-def test_the_macs_loss_lowers_its_target_at_the_asked_pace():
-    supernet = make_supernet(target="80%", later_targets=["40%"], epochs=4, steps_per_epoch=5, pace=0.5)
-    dense, seen = supernet.dense_macs, {}
-    for step in range(20):
-        seen[step] = float(supernet.goals.goals) / dense
-        if step == 10:
-            supernet.next_target()
-            assert float(supernet.goals.goals) / dense == pytest.approx(0.8)
-        supernet.steps += 1
-        supernet._set_schedules()
-    assert seen[0] == pytest.approx(1) and seen[4] == pytest.approx(0.84) and seen[5] == pytest.approx(0.8)
-    assert seen[9] == pytest.approx(0.8) and seen[14] == pytest.approx(0.48) and seen[19] == pytest.approx(0.4)
-    assert float(make_supernet(target="80%", pace=0.0).goals.goals) == pytest.approx(0.8 * dense)
-
-
-def test_no_candidate_dies_before_the_target_is_asked_for():
-    supernet = make_supernet(target="80%", epochs=2, steps_per_epoch=6, prunes_per_epoch=3, pace=0.5)
-    with torch.no_grad():
-        for bimask in supernet.bimasks.values():
-            bimask.alpha.view(-1)[0] = -9
-    before = supernet.alive_candidates()
-    for step in range(1, 9):
-        supernet.step()
-        assert (supernet.alive_candidates() == before) == (step < 6), step
-
-
-def test_the_search_settles_step_by_step():
-    supernet = make_supernet(target="40%", epochs=2, steps_per_epoch=10, prunes_per_epoch=5, pace=0.0, settling=0.5)
-    supernet.prune_threshold = 0.0  # nothing dies but by settling
-    with torch.no_grad():
-        for bimask in supernet.bimasks.values():
-            bimask.alpha.normal_()
-    at_start, seen = supernet.alive_candidates(), []
-    for _ in range(20):
-        supernet.step()
-        seen.append(supernet.alive_candidates())
-    assert seen[8] == at_start and seen[-1] == dict.fromkeys(at_start, 1) and supernet.finished
-    for name in at_start:
-        left = [alive[name] for alive in seen]
-        assert left == sorted(left, reverse=True)
-        assert at_start[name] < 4 or len(set(left)) > 2  # not in one stroke
-    assert {choice["how"] for choice in supernet.choices} == {"pruned"}
-    assert 1 - TOLERANCE <= count_macs(supernet.extract()) / supernet.target_macs <= 1
-
-
-def test_settling_keeps_the_likeliest_combination():
-    supernet = make_supernet(target="40%", epochs=1, steps_per_epoch=10, prunes_per_epoch=1, pace=0.0, settling=0.5)
-    with torch.no_grad():
-        for bimask in supernet.bimasks.values():
-            bimask.alpha.normal_()
-    chosen = decisions.choose(supernet.bimasks, supernet.costs, supernet.target)
-    supernet.steps = 9
-    supernet.step()
-    assert {name: bimask.candidates.full for name, bimask in supernet.bimasks.items()} == chosen
-
-
-def test_settling_waits_for_the_last_target():
-    supernet = make_supernet(target="80%", later_targets=["40%"], epochs=2, steps_per_epoch=4, pace=0.0, settling=1.0)
-    supernet.prune_threshold = 0.0
-    at_start = supernet.alive_candidates()
-    for _ in range(4):
-        supernet.step()
-    assert supernet.alive_candidates() == at_start
-    supernet.next_target()
-    for _ in range(4):
-        supernet.step()
-    assert supernet.finished and count_macs(supernet.extract()) <= supernet.targets[1]["macs"]
-
-
 def test_without_masked_image_modelling():
     supernet = make_supernet(mask_ratio_start=0.0, mask_ratio_end=0.0)
     images, targets = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
@@ -551,69 +472,3 @@ def test_revision_tells_of_replaced_tensors():
         changes += supernet.revision not in seen and bool(seen)
         assert addresses() == seen.setdefault(supernet.revision, addresses())
     assert changes >= 2 and supernet.finished
-
-
-SPACES = {
-    "frozen": SearchSpace(freeze=("embed", "attn1")),
-    "all attention frozen": SearchSpace(freeze=("attn*",)),
-    "all but one frozen": SearchSpace(freeze=("embed", "attn*", "mlp1"), candidates={"mlp0": range(1, 129)}),
-    "not the full size": SearchSpace(bounds={"mlp*": (0.25, 0.75)}, candidates={"attn0": {"heads": [2]}}),
-    "one smaller size": SearchSpace(candidates={"mlp0": [40], "attn1": {"heads": [2], "channels": [5]}}),
-}
-
-
-@pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
-@pytest.mark.parametrize("wishes", SPACES)
-def test_wished_sizes_end_on_target_and_fold(wishes, residual_mask):
-    space = SPACES[wishes]
-    target = "85%" if wishes == "all but one frozen" else "60%"
-    supernet = make_supernet(space=space, residual_mask=residual_mask, target=target)
-    allowed = {name: bimask.candidates for name, bimask in supernet.bimasks.items()}
-    frozen = {name for name, bimask in supernet.bimasks.items() if bimask.final}
-    train(supernet, 24)
-    assert supernet.finished
-    assert {choice["submodule"] for choice in supernet.choices} == set(supernet.bimasks) - frozen
-    extracted = supernet.extract().eval()
-    assert (1 - TOLERANCE) * supernet.target_macs <= count_macs(extracted) <= supernet.target_macs
-    own = space.narrow({name: s.candidates for name, s in supernet.family.submodules(tiny_vit()).items()})
-    for name, submodule in supernet.family.submodules(extracted).items():
-        assert submodule.candidates.full in own[name].sizes
-        assert name not in frozen or submodule.candidates.full == allowed[name].full
-    images, _ = make_batch()
-    with torch.no_grad():
-        expected, got = supernet.eval()(images), extracted(images)
-    assert (got - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
-
-
-def test_a_frozen_submodule_is_as_it_was_and_trains():
-    supernet = make_supernet(space=SearchSpace(freeze=("embed", "attn0")))
-    masks = supernet._masks()
-    for name in ("embed", "attn0"):
-        assert supernet.bimasks[name].final and (masks[name] == 1).all()
-    assert "embed" not in supernet._norm_masks()
-    losses = supernet.loss(*make_batch())
-    losses.total.backward()
-    assert losses.one_hot.isfinite() and losses.total.isfinite()
-    assert supernet.model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
-    assert supernet.bimasks["attn0"].scale.grad.abs().max() > 0
-
-
-def test_units_beyond_an_upper_bound_go_at_the_first_pruning_event():
-    supernet = make_supernet(space=SearchSpace(bounds={"mlp0": (0.5, 0.5)}), pace=0.5)
-    bimask = supernet.bimasks["mlp0"]
-    assert not bimask.final and bimask.oversized and bimask.candidates.full == (1, 128)
-    supernet.steps = 12
-    supernet.prune()
-    assert bimask.final and bimask.candidates.full == (1, 64)
-    assert supernet.model.blocks[0].mlp.fc1.weight.shape[0] == 64
-
-
-@pytest.mark.parametrize("steps", [3, 13, 24])
-def test_wished_sizes_are_saved_and_loaded(steps):
-    space = SearchSpace(freeze=("embed",), bounds={"mlp*": (0.25, 0.75)})
-    supernet, again = make_supernet(space=space), make_supernet(space=space)
-    train(supernet, steps)
-    again.load_state_dict(supernet.state_dict())
-    images, _ = make_batch()
-    assert torch.equal(supernet.eval()(images), again.eval()(images))
-    assert again.alive_candidates() == supernet.alive_candidates()

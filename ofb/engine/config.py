@@ -1,7 +1,7 @@
 """Every option of this package, its default and its help text: the command line and the config files are made of these.
 
-Defaults are those that won in benchmarks/QUALITY.md; the recipe of the paper (OFB, CVPR 2024, section 4.1) is a preset.
-Names are timm's where timm has the option.
+Defaults are those that won in benchmarks/QUALITY.md, where only sizes were not rounded; the recipe of the paper (OFB,
+CVPR 2024, section 4.1) is a preset. Names are timm's where timm has the option.
 """
 
 import ast

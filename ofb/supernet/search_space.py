@@ -8,7 +8,9 @@ from itertools import product
 from typing import Any
 
 Size = tuple[int, int]  # heads, channels of each
-Sizes = Sequence[int] | Mapping[str, Sequence[int]]  # of a submodule; of attention {"heads": …, "channels": …}
+Listed = (
+    Sequence[int] | Mapping[str, Sequence[int]]
+)  # a user's sizes for a submodule; of attention {"heads": …, "channels": …}
 
 FEWEST_ROUNDED = 4  # rounding that would leave fewer sizes is left undone: small submodules need a choice, too
 HEAD_MULTIPLE = 8  # channels of a head are rounded to no more than this
@@ -73,7 +75,7 @@ class SearchSpace:
             would be left with fewer than 4 sizes keeps its sizes as they are; 1 rounds nothing.
         freeze: patterns of the submodules that are not searched; they keep their full size.
         candidates: the sizes of the submodules that match a pattern instead of their own, taken as they are: a list;
-            for attention {"heads": list, "channels": list} or one of the two. Sizes not in the list, the full one
+            for attention {"heads": list, "channels": list} or one of the two. Listed not in the list, the full one
             included, are not chosen.
         bounds: (low, high), as shares of the full size in units (for attention heads × channels), between which the
             candidates of the submodules that match a pattern have to lie, both ends included.
@@ -84,7 +86,7 @@ class SearchSpace:
 
     round_to: int = 8
     freeze: Sequence[str] = ()
-    candidates: Mapping[str, Sizes] = field(default_factory=dict)
+    candidates: Mapping[str, Listed] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -172,7 +174,7 @@ def _round(sizes: tuple[int, ...], multiple: int) -> tuple[int, ...]:
     return rounded if len(rounded) >= FEWEST_ROUNDED else sizes
 
 
-def _listed(name: str, own: Candidates, rounded: tuple[int, ...], listed: Sizes) -> Candidates:
+def _listed(name: str, own: Candidates, rounded: tuple[int, ...], listed: Listed) -> Candidates:
     """The grid that a user lists for a submodule; where attention's heads or channels are not listed, its own."""
     if not _has_heads(name):
         if isinstance(listed, Mapping):
@@ -228,7 +230,7 @@ def _parse_each(option: str, texts: Iterable[str], parse: Any, expected: str) ->
     return found
 
 
-def _parse_sizes(text: str) -> Sizes:
+def _parse_sizes(text: str) -> Listed:
     heads, times, channels = text.partition("x")
     if not times:
         return _parse_list(text)

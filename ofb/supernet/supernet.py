@@ -1,4 +1,4 @@
-"""Supernet: a timm Vision Transformer with bi-masks on it, searched while it trains (OFB, CVPR 2024)."""
+"""Supernet: a timm ViT, Eva or Swin with bi-masks on it, searched while it trains (OFB, CVPR 2024)."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ofb.supernet import decisions
 from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, reachable
-from ofb.supernet.costs import costs_of
+from ofb.supernet.cost_kinds import costs_of
 from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.goals import Goals
 from ofb.supernet.latency import LatencyTable
@@ -34,8 +34,8 @@ SCORE_INITS = ("taylor", "magnitude", "random")
 class Supernet(nn.Module):
     """A timm model whose residual width, attention heads and channels, and hidden channels are searched.
 
-    The defaults are those that found the best networks in benchmarks/QUALITY.md; the paper's own values are in
-    `ofb.engine.presets`.
+    The defaults are those that found the best networks in benchmarks/QUALITY.md, but for `space`, whose sizes are
+    rounded to suit hardware; the paper's own values are in `ofb.engine.presets`.
 
     Use it like a model: `loss(...)`, backward, `optimizer.step()`, then `step(optimizer)`; at the end `extract()`.
 
