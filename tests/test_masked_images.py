@@ -11,7 +11,7 @@ def test_masked_patches_keep_their_share():
     embeddings, mask_token = torch.randn(6, 16, 32), torch.randn(1, 1, 32)
     area = TokenArea(pixels=(4, 4), rows=4, columns=4)
     for ratio, expected in [(0.01, 1), (0.15, 3), (0.25, 4)]:
-        patches, masked = draw_areas(6, area, torch.tensor(ratio), most=0.25)
+        patches, masked = draw_areas(6, 16, torch.tensor(ratio), most=0.25)
         assert patches.shape == (6, 4)
         assert all(len(set(row)) == 4 for row in patches.tolist())
         assert masked.sum() == expected

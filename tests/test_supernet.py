@@ -271,7 +271,7 @@ def test_reconstruction_compares_each_patch_with_its_own_pixels(monkeypatch):
     images, targets = make_batch()
     supernet.mask_ratio.fill_(0.2)
     area, mask_token = supernet.masked_images.area, supernet.masked_images.mask_token
-    patches, masked = draw_areas(8, area, supernet.mask_ratio, 0.25)
+    patches, masked = draw_areas(8, 16, supernet.mask_ratio, 0.25)
     monkeypatch.setattr("ofb.supernet.masked_images.draw_areas", lambda *_: (patches, masked))
     loss = supernet.loss(images, targets).reconstruction
 

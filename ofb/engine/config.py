@@ -260,6 +260,9 @@ class SearchConfig(TrainingConfig):
     bounds: tuple[str, ...] = ()
     """Smallest and largest candidate of submodules, as shares of the full size: "mlp*=0.5:1"."""
 
+    tokens: bool = False
+    """Search the number of patches as well: the network looks at some positions of the image only."""
+
     backend: Literal["reference", "eager", "triton"] | None = None
     """Backend of the ops; the fastest for the device if not given."""
 
@@ -364,7 +367,7 @@ class SearchConfig(TrainingConfig):
 
     def search_space(self) -> SearchSpace:
         """What is wanted of the candidate sizes."""
-        return SearchSpace.parse(self.round_to, self.freeze, self.candidates, self.bounds)
+        return SearchSpace.parse(self.round_to, self.freeze, self.candidates, self.bounds, self.tokens)
 
     def finetune(self) -> TrainConfig:
         """The fine-tuning as dense training."""

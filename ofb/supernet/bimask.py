@@ -56,9 +56,12 @@ class BiMask(nn.Module):
 
     @torch.no_grad()
     def rank_scores_by(self, importance: Tensor) -> None:
-        """Hand out the scores there are anew: the largest to the unit of largest importance (H · d,), and so on."""
-        ranked = self.score.sort(descending=True).values
-        self.score[importance.argsort(descending=True, stable=True)] = ranked
+        """Hand out the scores there are anew: the largest to the unit of largest importance (H · d,), and so on.
+
+        Units of equal importance keep their order.
+        """
+        ranked, order = self.score.sort(descending=True)
+        self.score[order[importance[order].argsort(descending=True, stable=True)]] = ranked
 
     def mask(self, lam: Tensor | float) -> Tensor:
         """m (H, d): λ·S + (1 − λ)·V while the size is open, the learned scale once it is final."""
@@ -70,6 +73,10 @@ class BiMask(nn.Module):
     def sparsity(self) -> Tensor:
         """V (H, d), all ones once the size is final."""
         return torch.ones_like(self.score).view(self.candidates.full) if self.final else self.mask(0.0)
+
+    def probabilities(self) -> Tensor:
+        """p (A, B) of the candidates, 0 for dead ones."""
+        return candidate_probabilities(self.alpha, self.alive)
 
     # What follows reads values back from the device: for pruning events only.
 
@@ -93,7 +100,7 @@ class BiMask(nn.Module):
     @torch.no_grad()
     def survivors(self, threshold: float) -> Tensor:
         """(A, B) bool: alive candidates with p > threshold / n, n being alive; the likeliest one always survives."""
-        p = candidate_probabilities(self.alpha, self.alive)
+        p = self.probabilities()
         surviving = self.alive & (p > threshold / self.alive.sum())
         surviving.view(-1)[p.argmax()] = True
         return surviving

@@ -8,19 +8,24 @@ from itertools import combinations_with_replacement, pairwise
 import numpy as np
 
 from ofb.supernet.cost import Cost
-from ofb.supernet.search_space import Size
+from ofb.supernet.search_space import TOKENS, Size
 from ofb.supernet.targets import UNITS, Limits, describe_amount, describe_limits
+from ofb.supernet.token_costs import TokenCosts
 
 TOLERANCE = 0.02  # a found network costs at most the target, and no less than 98 % of at least one of its limits
 BINS_PER_SUBMODULE = 400  # costs are rounded up to bins, at most one bin too much for each submodule
+LEAST_PROBABILITY = 1e-300  # has a logarithm
 MIXTURE_PARTS = 4  # several budgets are weighed against each other in quarters
 
 Options = Mapping[str, Mapping[Size, float]]  # for each submodule its sizes (heads, channels) and their probabilities
-Costs = Mapping[str, Cost]  # of each kind
+Costs = Mapping[str, Cost | TokenCosts]  # of each kind
 
 
-def reachable(cost: Cost, options: Options) -> tuple[float, float]:
+def reachable(cost: Cost | TokenCosts, options: Options) -> tuple[float, float]:
     """Least and greatest cost that the sizes allow."""
+    if isinstance(cost, TokenCosts):
+        reach = [reachable(cost.at[number], options) for _, number in options[TOKENS]]
+        return min(least for least, _ in reach), max(most for _, most in reach)
     return _extreme(cost, options, min), _extreme(cost, options, max)
 
 
@@ -34,7 +39,8 @@ def choose_sizes(costs: Costs, options: Options, limits: Limits) -> dict[str, Si
 
     Several budgets are scalarized (Lagrange): the knapsack is filled with Σ w · cost / limit, for each of a few w, and
     of what fits best at each filling, the exact costs decide. That is exact where one budget alone binds, and may miss
-    the likeliest combination, though none of its limits, where several bind at once.
+    the likeliest combination, though none of its limits, where several bind at once. Where the number of patches is
+    searched, there is a knapsack for each.
 
     Returns:
         (heads, channels) for each submodule, or None where no combination meets the target.
@@ -98,7 +104,15 @@ def _extreme(cost: Cost, options: Options, pick: Callable) -> float:
 
 
 def _candidates(costs: Costs, options: Options, limits: Limits) -> Iterator[tuple[float, dict[str, Size]]]:
-    """(Σ log p, sizes) of the best combination that meets the target, for each mixture of budgets that has one."""
+    """(Σ log p, sizes) of the best combination that meets the target, for each number of patches and each mixture of
+    budgets that has one."""
+    if any(isinstance(cost, TokenCosts) for cost in costs.values()):
+        for size, probability in options[TOKENS].items():
+            there = {kind: cost.at[size[1]] for kind, cost in costs.items()}
+            for value, sizes in _candidates(there, options, limits):
+                yield value + math.log(max(probability, LEAST_PROBABILITY)), sizes | {TOKENS: size}
+        return
+    settled = {name: next(iter(sizes)) for name, sizes in options.items() if len(sizes) == 1}
     ceilings = np.array(list(limits.values()), dtype=float)[:, None]
     for weights in _mixtures(len(limits)):
         best = None
@@ -110,7 +124,7 @@ def _candidates(costs: Costs, options: Options, limits: Limits) -> Iterator[tupl
                 best = value[position], ways, position
         if best is not None:
             value, ways, position = best
-            yield float(value), ways.sizes(position)
+            yield float(value), settled | ways.sizes(position)
 
 
 def _mixtures(count: int) -> list[list[float]]:
@@ -189,7 +203,7 @@ def _choose(name: str, alternatives: Sequence[tuple[_Ways, Size, float, int, np.
     for index, (before, _, probability, cost, exact) in enumerate(alternatives):
         if cost >= len(value):
             continue
-        candidate = before.value[: len(value) - cost] + np.log(max(probability, 1e-300))
+        candidate = before.value[: len(value) - cost] + np.log(max(probability, LEAST_PROBABILITY))
         better = candidate > value[cost:]
         value[cost:][better] = candidate[better]
         taken[cost:][better] = index

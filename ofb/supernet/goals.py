@@ -38,15 +38,15 @@ class Goals(nn.Module):
         self.register_buffer("dense", torch.tensor([dense[kind] for kind in self.kinds], **like), persistent=False)
         self.register_buffer("goals", self.dense.clone(), persistent=False)
 
-    def forward(self, heads: Tensor, units: Tensor) -> Tensor:
-        """The loss (0-d) of expected heads (S,) and units (S,)."""
-        expected = self.expected(heads, units)
+    def forward(self, *sizes: Tensor) -> Tensor:
+        """The loss (0-d) of expected sizes: heads (S,), units (S,), and what else the cost models take."""
+        expected = self.expected(*sizes)
         return budget_loss(torch.stack([expected[kind] for kind in self.kinds]), self.goals, self.dense)
 
-    def expected(self, heads: Tensor, units: Tensor) -> dict[str, Tensor]:
+    def expected(self, *sizes: Tensor) -> dict[str, Tensor]:
         """Expected cost (0-d) of each kind, of those no target limits too."""
-        dtype = self.dense.dtype
-        return {kind: module(heads.to(dtype), units.to(dtype)) for kind, module in self.expectations.items()}
+        sizes = [each.to(self.dense.dtype) for each in sizes]
+        return {kind: module(*sizes) for kind, module in self.expectations.items()}
 
     def set(self, targets_passed: int, steps: float, ramp_steps: float) -> None:
         """The goals after some steps towards a target: on a ramp from the limits before, over so many steps."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ofb.supernet.search_space import TOKENS
 from ofb.supernet.supernet import Supernet
 
 
@@ -21,8 +22,8 @@ def leave_one_out(
         units: at most so many of each submodule, drawn from torch's generator.
 
     Returns:
-        For each submodule that was searched and has at least three units, importances and loss changes, both in
-        the order drawn.
+        For each submodule that was searched and has at least three units, patches aside, importances and loss changes,
+        both in the order drawn.
     """
     model = supernet.extract().eval()
     submodules = supernet.family.submodules(model)
@@ -35,7 +36,7 @@ def leave_one_out(
     for name, submodule in submodules.items():
         importance = supernet.bimasks[name].score.sigmoid()
         drawn = torch.randperm(submodule.candidates.units)[:units].tolist()
-        if len(drawn) < 3 or name not in searched:
+        if len(drawn) < 3 or name not in searched or name == TOKENS:
             continue
         changes = []
         for unit in drawn:

@@ -53,29 +53,39 @@ class MaskedImages(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, first, **like))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def hide(self, embeddings: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings (B, patches, D) with a share `ratio` of the areas hidden; `draw_areas` on which ones."""
-        areas, masked = draw_areas(len(embeddings), self.area, ratio, self.most)
-        return replace_patches(embeddings, self.area, areas, masked, self.mask_token), areas, masked
+    def hide(self, embeddings: Tensor, ratio: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (B, patches, D) with a share `ratio` of the last tokens' areas hidden, and `draw_areas` of the
+        tokens; `positions` as in `loss`."""
+        count = self.area.rows * self.area.columns if positions is None else len(positions)
+        drawn, masked = draw_areas(len(embeddings), count, ratio, self.most)
+        areas = drawn if positions is None else positions[drawn]
+        return replace_patches(embeddings, self.area, areas, masked, self.mask_token), drawn, masked
 
-    def loss(self, tokens: Tensor, images: Tensor, areas: Tensor, masked: Tensor) -> Tensor:
-        """Loss of rebuilding the hidden areas of images (B, C, H, W) from the last tokens (B, areas, D), 0-d."""
-        drawn = tokens.take_along_dim(areas[..., None], 1)
-        return reconstruction_loss(self.decoder(drawn), images, areas, masked, self.area.pixels)
+    def loss(self, tokens: Tensor, images: Tensor, drawn: Tensor, masked: Tensor, positions: Tensor | None) -> Tensor:
+        """Loss of rebuilding what was hidden of images (B, C, H, W), 0-d.
+
+        Args:
+            tokens: the last tokens (B, N, D).
+            images: the network's input.
+            drawn, masked: of `hide`.
+            positions: (N,), the area of each token, if they are not all areas in their order.
+        """
+        decoded = self.decoder(tokens.take_along_dim(drawn[..., None], 1))
+        areas = drawn if positions is None else positions[drawn]
+        return reconstruction_loss(decoded, images, areas, masked, self.area.pixels)
 
 
-def draw_areas(images: int, area: TokenArea, ratio: Tensor, most: float) -> tuple[Tensor, Tensor]:
+def draw_areas(images: int, areas: int, ratio: Tensor, most: float) -> tuple[Tensor, Tensor]:
     """(B, K) distinct areas of every image and (K,) bool, which of them to mask: a share `ratio`, at least one.
 
     K is the largest number that is ever masked, so that shapes stay what they are while the share grows.
 
     Args:
         images: B.
-        area: of the network.
+        areas: how many there are in an image.
         ratio: 0-d, the present share of masked areas.
         most: the largest share there will be.
     """
-    areas = area.rows * area.columns
     count = max(1, math.ceil(most * areas))
     drawn = torch.rand(images, areas, device=ratio.device).argsort(1)[:, :count]
     return drawn, torch.arange(count, device=ratio.device) < (ratio * areas).clamp(min=1)

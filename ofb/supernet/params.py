@@ -10,6 +10,7 @@ from torch import nn
 from ofb.supernet.cost import Cost, Sizes
 from ofb.supernet.families import family_of
 from ofb.supernet.pruning import keep_units
+from ofb.supernet.search_space import TOKENS
 
 
 @torch.no_grad()
@@ -30,19 +31,20 @@ def cut_to(model: nn.Module, sizes: Sizes) -> nn.Module:
 
 
 def params_cost(model: nn.Module) -> Cost:
-    """Parameters of the network that `Supernet.extract` gives, as a function of its sizes.
+    """Parameters of the network that `Supernet.extract` gives, as a function of its sizes but the number of patches.
 
     A parameter adds its uncoupled entries for each unit, or pair of units, that it is coupled to. Counted is in the
     smallest network: a plain module may hold parameters that the supernet does not, once it is folded.
     """
     family = family_of(model)
     submodules = family.submodules(model)
+    kept = {TOKENS: submodules.pop(TOKENS).candidates.full} if TOKENS in submodules else {}
     smallest = {name: (s.candidates.heads[0], s.candidates.channels[0]) for name, s in submodules.items()}
     widths = family.macs(model).widths
-    plain = cut_to(model, smallest)
+    plain = cut_to(model, smallest | kept)
     couplings = defaultdict(list)
     for name, submodule in family.submodules(plain).items():
-        for coupling in submodule.couplings:
+        for coupling in submodule.couplings if name in submodules else ():
             couplings[coupling.parameter].append((name, coupling))
     constant, heads, linear, products = 0, defaultdict(int), defaultdict(int), defaultdict(int)
     for parameter_name, parameter in plain.named_parameters():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class Coupling:
     """A parameter dimension that belongs to a submodule's units.
 
     Attributes:
-        parameter: its name in the supernet.
+        parameter: its name in the supernet; that of a buffer of integers for what tells units apart.
         dim: the dimension that holds the units.
         repeats: how many times the units stand there one after the other (3 for q, k and v).
         heads: whether it holds heads, each standing for all its channels.
@@ -45,8 +46,9 @@ def unit_sums(
     """
     total = torch.zeros((), device=next(module.parameters()).device)
     for coupling in couplings:
-        if not coupling.heads:
-            figures = figure(module.get_parameter(coupling.parameter)).movedim(coupling.dim, 0)
+        parameter = attrgetter(coupling.parameter)(module)
+        if not coupling.heads and parameter.is_floating_point():
+            figures = figure(parameter).movedim(coupling.dim, 0)
             total = total + figures.reshape(coupling.repeats, math.prod(size), -1).sum((0, 2))
     return total
 
@@ -74,7 +76,7 @@ def keep_units(
     """
     selections = []
     for coupling in couplings:
-        parameter = module.get_parameter(coupling.parameter)
+        parameter = attrgetter(coupling.parameter)(module)
         selections.append((parameter, coupling.dim, coupling.index(index, size), _moments(parameter, optimizer)))
     for parameter, dim, repeated, moments in selections:
         _select(parameter, dim, repeated, moments)

@@ -14,6 +14,7 @@ Listed = (
 
 FEWEST_ROUNDED = 4  # rounding that would leave fewer sizes is left undone: small submodules need a choice, too
 HEAD_MULTIPLE = 8  # channels of a head are rounded to no more than this
+TOKENS = "tokens"  # the submodule of the number of patches
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ def mlp_candidates(hidden: int) -> Candidates:
     return Candidates((1,), _eighths(hidden))
 
 
+def token_candidates(patches: int, all_patches: int) -> Candidates:
+    """Numbers of patches: half to all of those in an image, in steps of an eighth, and as many as there are now."""
+    shares = {round(all_patches * eighths / 8) for eighths in range(4, 9)}
+    return Candidates((1,), tuple(sorted({patches, *(share for share in shares if 1 <= share < patches)})))
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """What a user wants of the sizes: each wish narrows the candidates that a submodule has by itself.
@@ -79,6 +86,7 @@ class SearchSpace:
             included, are not chosen.
         bounds: (low, high), as shares of the full size in units (for attention heads × channels), between which the
             candidates of the submodules that match a pattern have to lie, both ends included.
+        tokens: whether the number of patches is searched as well, as submodule "tokens"; it is not rounded.
 
     Raises:
         ValueError: a wish that no model could grant.
@@ -88,6 +96,7 @@ class SearchSpace:
     freeze: Sequence[str] = ()
     candidates: Mapping[str, Listed] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -100,7 +109,12 @@ class SearchSpace:
 
     @classmethod
     def parse(
-        cls, round_to: int = 8, freeze: Iterable[str] = (), candidates: Iterable[str] = (), bounds: Iterable[str] = ()
+        cls,
+        round_to: int = 8,
+        freeze: Iterable[str] = (),
+        candidates: Iterable[str] = (),
+        bounds: Iterable[str] = (),
+        tokens: bool = False,
     ) -> "SearchSpace":
         """A search space from text such as a command line has.
 
@@ -110,13 +124,14 @@ class SearchSpace:
             candidates: PATTERN=SIZES each, such as "mlp0=64,96,128"; for attention HEADSxCHANNELS, such as
                 "attn*=2,4x32,64", "attn*=2,4x" or "attn*=x32,64".
             bounds: PATTERN=LOW:HIGH each, such as "mlp*=0.5:1".
+            tokens: a flag.
 
         Raises:
             ValueError: it does not look like that.
         """
         lists = _parse_each("candidates", candidates, _parse_sizes, "PATTERN=64,96,128 or PATTERN=2,4x32,64")
         shares = _parse_each("bounds", bounds, _parse_shares, "PATTERN=LOW:HIGH such as mlp*=0.5:1")
-        return cls(round_to, tuple(freeze), lists, shares)
+        return cls(round_to, tuple(freeze), lists, shares, tokens)
 
     def narrow(self, candidates: Mapping[str, Candidates]) -> dict[str, Candidates]:
         """The candidates of all submodules of a model after these wishes; the full sizes are the same.
@@ -142,9 +157,9 @@ class SearchSpace:
 
     def _narrow(self, name: str, own: Candidates) -> Candidates:
         heads, channels = own.full
-        if any(fnmatchcase(name, pattern) for pattern in self.freeze):
+        if any(fnmatchcase(name, pattern) for pattern in self.freeze) or (name == TOKENS and not self.tokens):
             return Candidates((heads,), (channels,))
-        rounded = _round(own.channels, min(self.round_to, HEAD_MULTIPLE) if _has_heads(name) else self.round_to)
+        rounded = own.channels if name == TOKENS else _round(own.channels, self._multiple(name))
         listed = _last_match(name, self.candidates)
         grid = Candidates(own.heads, rounded) if listed is None else _listed(name, own, rounded, listed)
         low, high = _last_match(name, self.bounds) or (0, 1)
@@ -156,6 +171,9 @@ class SearchSpace:
                 f"candidates are {sizes}; widen them or list other candidates"
             )
         return _spanned(allowed, own.full)
+
+    def _multiple(self, name: str) -> int:
+        return min(self.round_to, HEAD_MULTIPLE) if _has_heads(name) else self.round_to
 
 
 def _has_heads(name: str) -> bool:

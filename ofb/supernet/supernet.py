@@ -15,6 +15,7 @@ from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, reachable
 from ofb.supernet.cost_kinds import costs_of
 from ofb.supernet.families import FAMILIES, family_of
+from ofb.supernet.families.tokens import kept_patches, search_tokens
 from ofb.supernet.goals import Goals
 from ofb.supernet.latency import LatencyTable
 from ofb.supernet.losses import Criterion, Losses
@@ -22,7 +23,7 @@ from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
 from ofb.supernet.schedules import prunes_after, ramp
-from ofb.supernet.search_space import SearchSpace
+from ofb.supernet.search_space import TOKENS, SearchSpace
 from ofb.supernet.stack import Stack
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
@@ -133,8 +134,10 @@ class Supernet(nn.Module):
                 "criterion: expected one of your own for a model without a classifier (num_classes=0), got None; "
                 "it is given what the model returns"
             )
-        self.model = model
+        self.model, space = model, space or SearchSpace()
         self.family_name = family_of(model).NAME
+        if space.tokens:
+            search_tokens(model)
         self.total_steps, self.steps_per_epoch = epochs * steps_per_epoch, steps_per_epoch
         self.warmup_steps = round((epochs / 5 if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
         self.lam_range, self.mask_ratio_range = (lam_start, lam_end), (mask_ratio_start, mask_ratio_end)
@@ -145,6 +148,7 @@ class Supernet(nn.Module):
         self.score_penalty, self.attention_score_penalty = score_penalty, attention_score_penalty
         self.prunes_per_epoch, self.prune_threshold = prunes_per_epoch, prune_threshold
         self.backend = backend
+        self.searches_tokens = space.tokens
 
         submodules = self.family.submodules(model)
         weight = next(model.parameters())
@@ -152,12 +156,13 @@ class Supernet(nn.Module):
         self.macs = self.family.macs(model)
         self.normed = {name for name, submodule in submodules.items() if submodule.normed}
         full = {name: submodule.candidates.full for name, submodule in submodules.items()}
+        candidates = space.narrow({name: submodule.candidates for name, submodule in submodules.items()})
+        patches = candidates[TOKENS].channels if space.tokens else ()
         targets = (target, *later_targets)
-        self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)), latency_table)
+        self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)), latency_table, patches)
         self.dense_costs = {kind: cost.total(full) for kind, cost in self.costs.items()}
         self.targets = [parse_target(each, self.dense_costs) for each in targets]
         self.targets_passed = 0
-        candidates = (space or SearchSpace()).narrow({name: s.candidates for name, s in submodules.items()})
         self.bimasks = nn.ModuleDict(
             {name: BiMask(each, score_mean, architecture_init, **like) for name, each in candidates.items()}
         )
@@ -401,10 +406,12 @@ class Supernet(nn.Module):
         if self.masked_images is None:
             _, logits = self._tokens_and_logits(embeddings)
             return logits, logits.new_zeros((), dtype=torch.float32)
-        hidden, areas, masked = self.masked_images.hide(embeddings, self.mask_ratio)
+        kept = kept_patches(self.model)
+        positions = None if kept is None else kept.positions
+        hidden, drawn, masked = self.masked_images.hide(embeddings, self.mask_ratio, positions)
         tokens, logits = self._tokens_and_logits(hidden)
-        rebuilt = self.masked_images.loss(self.family.patch_tokens(self.model, tokens), images, areas, masked)
-        return logits, rebuilt
+        patches = self.family.patch_tokens(self.model, tokens)
+        return logits, self.masked_images.loss(patches, images, drawn, masked, positions)
 
     def _tokens_and_logits(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens after the final norm (B, N, D) and logits (B, classes), from patch embeddings (B, patches, D)."""
@@ -437,10 +444,12 @@ class Supernet(nn.Module):
         penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
         return sum(stack.one_hot_loss(penalties[kind]) for kind, stack in self.stacks.items())
 
-    def _expected_sizes(self) -> tuple[Tensor, Tensor]:
-        """Expected heads (S,) and units (S,) of all submodules."""
+    def _expected_sizes(self) -> tuple[Tensor, ...]:
+        """Expected heads (S,) and units (S,) of all submodules, and the probabilities of the numbers of patches (K,)
+        where these are searched."""
         heads, units = zip(*(stack.expected_sizes() for stack in self.stacks.values()), strict=True)
-        return torch.cat(heads), torch.cat(units)
+        sizes = torch.cat(heads), torch.cat(units)
+        return (*sizes, self.bimasks[TOKENS].probabilities().flatten()) if self.searches_tokens else sizes
 
     def _build_stacks(self) -> None:
         """Attention has heads, the rest has none: in one stack, most of it would be filling."""

@@ -75,7 +75,12 @@ def qkv_parameters(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def masked_forward(
-    attn: nn.Module, x: Tensor, mask: Tensor, norm_mask: Tensor | None, rope: Tensor | None = None
+    attn: nn.Module,
+    x: Tensor,
+    mask: Tensor,
+    norm_mask: Tensor | None,
+    rope: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The attention with mask (H, d).
 
@@ -85,17 +90,19 @@ def masked_forward(
         mask: (H, d), for q, k and v alike.
         norm_mask: (H · d,), V for the norm of what it attended to, if it has one.
         rope: timm's embedding of the positions behind the prefix tokens, None where q and k are not turned.
+        bias: (H, N, N), added to the scores.
     """
-    weight, bias = qkv_parameters(attn)
+    weight, qkv_bias = qkv_parameters(attn)
     if rope is None and not present(attn.q_norm, attn.k_norm):
-        attended = masked_qkv_attention(x, weight, bias, mask, attn.scale)
+        attended = masked_qkv_attention(x, weight, qkv_bias, mask, attn.scale, attention_bias=bias)
     else:
-        qkv = masked_linear(x, weight, bias, mask.flatten().repeat(3)).unflatten(-1, (3, *mask.shape))
+        qkv = masked_linear(x, weight, qkv_bias, mask.flatten().repeat(3)).unflatten(-1, (3, *mask.shape))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, d)
         q, k = attn.q_norm(q), attn.k_norm(k)
         if rope is not None:
             q, k = (_rotate(attn, each, rope).type_as(v) for each in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2)
+        bias = None if bias is None else bias.to(q.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale).transpose(1, 2).flatten(2)
     norm = getattr(attn, "norm", None)
     return attn.proj(attended if norm is None else masked_norm(norm, attended, norm_mask))
 

@@ -30,7 +30,8 @@ class Submodule:
     Attributes:
         candidates: its sizes.
         couplings: the parameter dimensions that hold its units.
-        normed: whether a norm inside the block runs over its units, and has to weigh them while their number is open.
+        normed: whether a norm, a softmax or an average runs over its units inside the network, and has to weigh them
+            while their number is open; residual widths aside.
     """
 
     candidates: Candidates

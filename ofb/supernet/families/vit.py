@@ -1,7 +1,7 @@
 """timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP, …): submodules, masked forward pass, folding.
 
-Submodules are "embed" (the residual width), "attn0", "attn1", … (heads × channels), "mlp0", "mlp1", …, and "pool" where
-the tokens are pooled by attention.
+Submodules are "embed" (the residual width), "attn0", "attn1", … (heads × channels), "mlp0", "mlp1", …, "pool" where the
+tokens are pooled by attention, and "tokens" where the number of patches is searched.
 timm's Eva has the same anatomy but for what `families.eva` says, and shares these functions.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ofb.supernet.cost import Cost
-from ofb.supernet.families import attentions, mlps, pools
+from ofb.supernet.families import attentions, mlps, pools, tokens
 from ofb.supernet.families.layers import (
     Submodule,
     add_norm,
@@ -29,7 +29,7 @@ from ofb.supernet.families.vit_checks import check
 from ofb.supernet.families.vit_description import build, describe
 from ofb.supernet.masked_images import TokenArea
 from ofb.supernet.pruning import Coupling
-from ofb.supernet.search_space import Candidates, embed_candidates, mlp_candidates
+from ofb.supernet.search_space import TOKENS, Candidates, embed_candidates, mlp_candidates
 
 __all__ = [
     "NAME",
@@ -66,23 +66,28 @@ def submodules(model: VisionTransformer) -> dict[str, Submodule]:
         found[f"mlp{i}"] = Submodule(
             mlp_candidates(mlps.hidden_units(mlp)), tuple(mlps.couplings(mlp, f"{name}.mlp")), present(mlp.norm)
         )
-    return found if model.attn_pool is None else found | {"pool": pools.submodule(model)}
+    if model.attn_pool is not None:
+        found["pool"] = pools.submodule(model)
+    kept = tokens.kept_patches(model)
+    return found if kept is None else found | {TOKENS: tokens.submodule(kept, model.patch_embed.num_patches)}
 
 
 def macs(model: VisionTransformer) -> Cost:
     """Cost model: 4·N·D + 2·N² for a channel of attention, 2·N·D for a hidden channel, 3·N·D for one with a gate,
-    N tokens, width D."""
-    patches, tokens = model.patch_embed.num_patches, model.patch_embed.num_patches + model.num_prefix_tokens
-    classified = 1 if model.global_pool else tokens
-    for_width = patches * model.patch_embed.proj.weight[0].numel()
+    N tokens in the blocks, width D."""
+    embedded, kept = model.patch_embed.num_patches, tokens.kept_patches(model)
+    patches = embedded if kept is None else len(kept.weight)
+    length = patches + model.num_prefix_tokens
+    classified = 1 if model.global_pool else length
+    for_width = embedded * model.patch_embed.proj.weight[0].numel()
     for_width += classified * sum(head.out_features for head in _classifiers(model))
     linear, products = {"embed": for_width}, {}
     for i, block in enumerate(model.blocks):
-        linear[f"attn{i}"] = 2 * tokens**2
-        products[f"attn{i}", "embed"] = 4 * tokens
-        products[f"mlp{i}", "embed"] = mlps.matrices(block.mlp) * tokens
+        linear[f"attn{i}"] = 2 * length**2
+        products[f"attn{i}", "embed"] = 4 * length
+        products[f"mlp{i}", "embed"] = mlps.matrices(block.mlp) * length
     if model.attn_pool is not None:
-        pooled = tokens if getattr(model, "pool_include_prefix", True) else patches
+        pooled = length if getattr(model, "pool_include_prefix", True) else patches
         linear["pool"], pool_for_width, products["pool", "embed"] = pools.macs(model, pooled)
         linear["embed"] += pool_for_width
     return Cost(("embed",), linear, products)
@@ -113,16 +118,19 @@ def features(
         masks: m of every submodule: (1, D) or (1, hidden), (H, d) for attention.
         residual_masks: (D,) of the residual width, applied to every block's output into the stream; empty leaves it.
         norm_masks: V of open submodules, flat, with which the norms over their units weigh them: of the residual width
-            (none for plain norms), and of the submodules that are `normed`.
+            (none for plain norms), and of the submodules that are `normed`. That of "tokens" weighs the keys of the
+            attention.
     """
     residual_mask, norm_mask = residual_masks.get("embed"), norm_masks.get("embed")
     x, rope = _embedded(model, masked_norm(model.patch_embed.norm, patches, norm_mask))
+    if TOKENS in masks:
+        x = tokens.masked(x, masks[TOKENS].flatten())
     x = masked_norm(model.norm_pre, x, norm_mask) * masks["embed"]
     blocks = list(model.blocks)
     normalized = masked_norm(blocks[0].norm1, x, norm_mask)
     for i, (block, next_norm) in enumerate(zip(blocks, [*(b.norm1 for b in blocks[1:]), model.norm], strict=True)):
         inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), residual_mask, norm_mask)
-        inputs += (norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"), rope)
+        inputs += (norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"), rope, norm_masks.get(TOKENS))
         if model.grad_checkpointing and torch.is_grad_enabled():
             x, normalized = checkpoint(_block, block, next_norm, *inputs, use_reentrant=False)
         else:
@@ -132,7 +140,7 @@ def features(
 
 def logits(
     model: VisionTransformer,
-    tokens: Tensor,
+    x: Tensor,
     masks: Mapping[str, Tensor],
     residual_masks: Mapping[str, Tensor] = MappingProxyType({}),
     norm_masks: Mapping[str, Tensor] = MappingProxyType({}),
@@ -141,25 +149,27 @@ def logits(
 
     Args:
         model: the timm model.
-        tokens: (B, N, D).
+        x: tokens (B, N, D).
         masks: as in `features`, as are the others.
         residual_masks: of the residual width.
         norm_masks: V of open submodules.
     """
     if isinstance(model, VisionTransformerDistilled):
-        return model.forward_head(tokens)
+        return model.forward_head(x)
     norm_mask = norm_masks.get("embed")
-    if model.attn_pool is None:
-        pooled = model.pool(tokens)
+    if TOKENS in norm_masks:
+        pooled = tokens.pooled(model, x, norm_masks[TOKENS])
+    elif model.attn_pool is None:
+        pooled = model.pool(x)
     else:
-        pool, mask, tokens = pools.pool_of(model), masks["pool"].flatten(), pools.pooled_tokens(model, tokens)
-        pooled = pools.masked_forward(pool, tokens, mask, residual_masks.get("embed"), norm_mask)
+        pool, mask, x = pools.pool_of(model), masks["pool"].flatten(), pools.pooled_tokens(model, x)
+        pooled = pools.masked_forward(pool, x, mask, residual_masks.get("embed"), norm_mask)
     return model.head(model.head_drop(masked_norm(model.fc_norm, pooled, norm_mask)))
 
 
-def patch_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
+def patch_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
     """(B, patches, D): the tokens without class, distillation and register tokens."""
-    return tokens[:, model.num_prefix_tokens :]
+    return x[:, model.num_prefix_tokens :]
 
 
 @torch.no_grad()
@@ -174,6 +184,8 @@ def fold(model: VisionTransformer, masks: Mapping[str, Tensor], residual_masks: 
             scale_rows(block.mlp.fc2, residual_masks["embed"])
     if model.attn_pool is not None:
         pools.fold(model, masks["pool"].flatten(), residual_masks.get("embed"))
+    if TOKENS in masks:
+        model.patch_drop.weight.mul_(masks[TOKENS].flatten())
 
 
 def sync_sizes(model: VisionTransformer, attention_sizes: list[tuple[int, int]]) -> None:
@@ -223,7 +235,7 @@ def _embedded(model: VisionTransformer, patches: Tensor) -> tuple[Tensor, Tensor
     if model.dynamic_img_size:
         patches = patches.unflatten(1, model.patch_embed.grid_size)
     embedded = model._pos_embed(patches)
-    return embedded if isinstance(embedded, tuple) else (embedded, None)
+    return embedded if isinstance(embedded, tuple) else (model.patch_drop(embedded), None)
 
 
 def _block(
@@ -238,10 +250,12 @@ def _block(
     attention_norm_mask: Tensor | None,
     mlp_norm_mask: Tensor | None,
     rope: Tensor | None,
+    key_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A transformer block with masks, from norm to norm: it takes the stream and its norm1, and returns the new stream
     and what the next norm makes of it."""
-    branch = attentions.masked_forward(block.attn, normalized, attention_mask, attention_norm_mask, rope)
+    bias = None if key_weight is None else tokens.attention_bias(key_weight, x.shape[1], len(attention_mask))
+    branch = attentions.masked_forward(block.attn, normalized, attention_mask, attention_norm_mask, rope, bias)
     scale1, scale2 = _layer_scales(block)
     x, normalized = add_norm(x, branch, scale1, block.drop_path1, residual_mask, block.norm2, norm_mask)
     branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, mlp_norm_mask)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ofb.supernet.families import attentions, mlps, pools
 from ofb.supernet.families.layers import norm_kind, present
+from ofb.supernet.families.tokens import kept_patches
 
 Obstacles = Iterator[tuple[bool, str]]  # whether it stands in the way, and what it is
 
@@ -35,7 +36,8 @@ def obstacles(model: nn.Module, block_kind: type[nn.Module], attention_kinds: tu
         type(model.patch_embed) is not PatchEmbed,
         f"expected timm's PatchEmbed, got {type(model.patch_embed).__name__}",
     )
-    yield present(model.patch_drop), "patch_drop_rate > 0 clashes with masked image modelling"
+    drops = present(model.patch_drop) and kept_patches(model) is None
+    yield drops, "patch_drop_rate > 0 clashes with masked image modelling"
     yield from pools.obstacles(model)
     for i, block in enumerate(model.blocks):
         kind = type(block).__name__

@@ -10,6 +10,7 @@ from torch import nn
 
 from ofb.supernet.families import attentions, mlps, pools
 from ofb.supernet.families.layers import ACTIVATION_LAYERS, NORM_LAYERS, activation, norm_kind, present
+from ofb.supernet.families.tokens import KeptPatches, kept_patches
 
 REQUIRED = {
     "distilled", "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "no_embed_class",
@@ -20,7 +21,7 @@ DEFAULTS = {
     "global_pool": "token", "class_token": True, "reg_tokens": 0, "pos_embed": True, "pool_include_prefix": False,
     "pre_norm": False, "final_norm": "norm", "patch_norm": False, "qk_norm": False, "attn_norm": False,
     "mlp_norm": False, "norm": "layernorm", "norm_bias": True, "mlp": "mlp", "attn_pool": None,
-    "dynamic_img_size": False, "dynamic_img_pad": False,
+    "dynamic_img_size": False, "dynamic_img_pad": False, "kept_patches": None,
 }  # fmt: skip
 MLP_LAYERS = {
     "mlp": Mlp,
@@ -39,6 +40,7 @@ def describe(model: VisionTransformer) -> dict:
         "proj_bias": attn.proj.bias is not None,
         "layer_scale": present(model.blocks[0].ls1),
         "pool_include_prefix": model.pool_include_prefix,
+        "kept_patches": None if (kept := kept_patches(model)) is None else len(kept.weight),
         "final_norm": "norm" if present(model.norm) else "fc_norm" if present(model.fc_norm) else None,
     }
 
@@ -113,6 +115,11 @@ def build(description: dict) -> VisionTransformer:
         act_layer=ACTIVATION_LAYERS[description["activation"]],
         mlp_layer=MLP_LAYERS[description["mlp"]],
     )
+    kept, patches = description["kept_patches"], model.patch_embed.num_patches
+    if kept is not None:
+        if kept not in range(1, patches + 1):
+            raise ValueError(f"description: expected kept_patches of 1 to {patches}, got {kept!r}")
+        model.patch_drop = KeptPatches(kept, model.num_prefix_tokens)
     resize(model, description)
     return model
 
