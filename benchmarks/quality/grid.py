@@ -34,6 +34,7 @@ OFB = {
     "ofb, no one-hot": {"one_hot_weight": 0.0},
     "ofb, PMIM": {"mask_ratio_start": 0.05, "mask_ratio_end": 0.25},
     "ofb, residual_mask input": {"residual_mask": "input"},
+    "ofb, tokens": {"tokens": True},
     "ofb, random scores": {"score_init": "random"},
     "ofb, magnitude scores": {"score_init": "magnitude"},
     "ofb, paper's weights": {

@@ -48,8 +48,9 @@ class Grid:
 class LatencyTable:
     """Milliseconds of each submodule; a cost model like `ofb.supernet.cost.Cost`.
 
-    Attention and MLP are measured by themselves. What is left of the whole network, norms and residual additions among
-    it, is shared out evenly to the residual widths.
+    Attention and MLP are measured by themselves, where they take another time than among others: one factor, fitted to
+    the whole networks, makes up for it. What is left of these, norms and residual additions among it, is shared out
+    evenly to the residual widths.
 
     Attributes:
         device: where it was measured.
@@ -174,18 +175,16 @@ def measure_latency(model: nn.Module, batch_size: int = 1, device: torch.device 
         sizes = {name: (_point(axes[name][0], at[0]), _point(axes[name][1], at[1])) for name, at in places.items()}
         measured[h, c, w] = _measure(cut_to(model, sizes).to(device).eval(), dense, images)
     dense_ms = statistics.median(each.dense_ms for each in measured.values())
+    factor, rest = _fitted(measured)
     grids = {}
     for width, names in members.items():
         heads, widths = axes[width]
-        rest = [
-            statistics.median(each.rest for (_, _, w), each in measured.items() if w == at) for at in range(len(widths))
-        ]
-        grids[width] = Grid(heads, widths, (0,), [[[dense_ms * share / len(members)] for share in rest]])
+        grids[width] = Grid(heads, widths, (0,), [[[dense_ms * rest[w] / len(members)] for w in range(len(widths))]])
         for name in names:
             heads, channels = axes[name]
             cells = np.zeros((len(heads), len(channels), len(widths)))
             for place in np.ndindex(cells.shape):
-                cells[place] = dense_ms * measured[place].parts.get(name, 0.0)
+                cells[place] = dense_ms * factor * measured[place].parts.get(name, 0.0)
             grids[name] = Grid(heads, channels, widths, cells.tolist())
     return LatencyTable(_device_name(device), batch_size, members, grids)
 
@@ -228,13 +227,13 @@ class _Measured:
 
     Attributes:
         dense_ms: the dense network's milliseconds.
-        parts: shares of each block's attention and MLP.
-        rest: what is left of the network.
+        network: the whole network.
+        parts: each block's attention and MLP, by themselves.
     """
 
     dense_ms: float
+    network: float
     parts: Mapping[str, float]
-    rest: float
 
 
 @torch.inference_mode()
@@ -252,11 +251,17 @@ def _measure(network: nn.Module, dense: nn.Module, images: Tensor) -> _Measured:
     calls = {"dense": lambda: dense(images), "network": lambda: network(images)}
     calls |= {alike[name]: partial(module, *args, **kwargs) for name, (module, args, kwargs) in inputs.items()}
     times = time_calls(calls, images.device)
-    parts = {name: times[key] for name, key in alike.items()}
-    # What runs together may take less time than each alone.
-    share = min(1.0, times["network"] / sum(parts.values())) / times["dense"]
-    parts = {name: share * part for name, part in parts.items()}
-    return _Measured(times["dense"], parts, max(0.0, times["network"] / times["dense"] - sum(parts.values())))
+    parts = {name: times[key] / times["dense"] for name, key in alike.items()}
+    return _Measured(times["dense"], times["network"] / times["dense"], parts)
+
+
+def _fitted(measured: Mapping[tuple[int, int, int], _Measured]) -> tuple[float, np.ndarray]:
+    """The factor and the rest of each width, of least relative error: network ≈ factor · Σ parts + rest[width]."""
+    columns = np.zeros((len(measured), 1 + POINTS))
+    for row, ((_, _, w), each) in zip(columns, measured.items(), strict=True):
+        row[0], row[1 + w] = sum(each.parts.values()) / each.network, 1 / each.network
+    factor, *rest = np.linalg.lstsq(columns, np.ones(len(columns)), rcond=None)[0]
+    return float(factor), np.maximum(rest, 0.0)
 
 
 def _remember(inputs: dict, name: str) -> Callable:
