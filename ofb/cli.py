@@ -1,21 +1,27 @@
-"""`ofb search | train | evaluate | export`: the options are the dataclasses of ofb.engine.config."""
+"""`ofb search | train | evaluate | …`: the options are the dataclasses of ofb.engine.config."""
 
 import copy
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union
 
+import timm
 from torch import nn
 
 import ofb
+from ofb.doctor import diagnose
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import (
+    CompletionConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
+    ProfileConfig,
     SearchConfig,
     TrainConfig,
     TrainingConfig,
@@ -26,9 +32,10 @@ from ofb.engine.data import create_loaders, create_model, create_teacher
 from ofb.engine.presets import preset
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
+from ofb.profile import profile, profile_table
 from ofb.report import comparison_table, figures
 
-USER_ERROR, INTERRUPTED = 2, 130
+UNWELL, USER_ERROR, INTERRUPTED = 1, 2, 130
 CONFIG_FILE, EXPORT_FOLDER = "config.yaml", "export"
 
 
@@ -47,7 +54,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {args[0]!r}")
         run, config_class = COMMANDS[args[0]]
-        run(parse(args[0], config_class, args[1:]))
+        return run(parse(args[0], config_class, args[1:])) or 0
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as interrupt:
         print(f"\nofb: interrupted; {interrupt or 'nothing is half written'}", file=sys.stderr)
         return INTERRUPTED
@@ -56,16 +66,16 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"ofb: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
-    return 0
 
 
 def usage() -> str:
-    lines = [f"  {name:9} {cls.__doc__}" for name, (_, cls) in COMMANDS.items()]
+    lines = [f"  {name:11} {cls.__doc__}" for name, (_, cls) in COMMANDS.items()]
     return "\n".join(["usage: ofb COMMAND [OPTIONS]    (ofb COMMAND --help lists the options)", "", *lines])
 
 
 def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
-    """The config of a command line; the defaults are those of its preset, or with --resume those of the run.
+    """The config of a command line. Defaults are those of its preset, over these the options of its --config file; or
+    with --resume those of the run.
 
     Raises:
         SystemExit: an option is wrong, or help was asked for.
@@ -73,17 +83,20 @@ def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
     """
     import tyro
 
-    def read(**default: Any) -> Any:
+    def read(args: Sequence[str], **default: Any) -> Any:
         settings = (tyro.conf.PositionalRequiredArgs,)
         return tyro.cli(config_class, args=args, prog=f"ofb {command}", config=settings, **default)
 
-    config = read()
+    config = read(args)
     if getattr(config, "resume", False):
-        return read(default=_started_with(config))
+        return read(args, default=_started_with(config))
+    if getattr(config, "config", None) is not None:
+        args = [*_arguments_of_file(config_class, config.config), *args]
+        config = read(args)
     if getattr(config, "preset", None) is not None:
         # A preset's data set is refused without a folder, which is given beside it: checked once both are known.
         options = preset(config.preset) | {"preset": config.preset, "data_dir": config.data_dir or ""}
-        config = read(default=config_class(**options))
+        config = read(args, default=config_class(**options))
         return dataclasses.replace(config, data_dir=config.data_dir or None)
     return config
 
@@ -131,11 +144,42 @@ def run_export(config: ExportConfig) -> None:
     print(path)
 
 
+def run_profile(config: ProfileConfig) -> None:
+    device, folder = pick_device(config), _network_folder(config.network)
+    if folder.is_dir():
+        compressed = ofb.load(folder)
+        dense = _dense_network(Path(config.network))
+        networks = dense | {"compressed" if dense else config.network: compressed}
+    elif timm.is_model(config.network.split(".")[0]):
+        networks = {config.network: timm.create_model(config.network)}
+    else:
+        raise ValueError(f"network: expected a run folder or the name of a timm model, got {config.network!r}")
+    print(profile_table({name: profile(each, config.batch_size, device) for name, each in networks.items()}))
+
+
+def run_doctor(config: DoctorConfig) -> int:
+    text, well = diagnose(pick_device(config))
+    print(text)
+    return 0 if well else UNWELL
+
+
+def run_completion(config: CompletionConfig) -> None:
+    import tyro
+
+    commands = (
+        Annotated[cls, tyro.conf.subcommand(name, description=cls.__doc__)] for name, (_, cls) in COMMANDS.items()
+    )
+    tyro.cli(Union[tuple(commands)], args=["--tyro-print-completion", config.shell], prog="ofb")  # noqa: UP007
+
+
 COMMANDS = {
     "search": (run_search, SearchConfig),
     "train": (run_train, TrainConfig),
     "evaluate": (run_evaluate, EvaluateConfig),
     "export": (run_export, ExportConfig),
+    "profile": (run_profile, ProfileConfig),
+    "doctor": (run_doctor, DoctorConfig),
+    "completion": (run_completion, CompletionConfig),
 }
 
 
@@ -164,20 +208,68 @@ def _run(command: str, config: TrainingConfig) -> Iterator[None]:
 
 def _started_with(config: TrainingConfig) -> TrainingConfig:
     """The options that a run to resume was started with."""
-    import yaml
-
     path = Path(config.output) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"resume: expected a run folder with {CONFIG_FILE}, got {config.output}; leave --resume out")
     try:
-        return from_dict(type(config), yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, TypeError) as error:
+        return from_dict(type(config), _read_options("resume", path))
+    except TypeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _arguments_of_file(config_class: type, path: str) -> list[str]:
+    """A YAML file of options as a command line, without those of other commands and what belongs to one run alone.
+
+    As text, since a YAML reader takes 1e-3 for a word and 12:30 for a number: the command line knows the types.
+    """
+    options = {field.name for field in dataclasses.fields(config_class) if field.default is not dataclasses.MISSING}
+    known = options - {"config", "output", "resume"}
+    elsewhere = {field.name for _, other in COMMANDS.values() for field in dataclasses.fields(other)}
+    arguments = []
+    for name, value in _read_options("config", Path(path)).items():
+        if name.replace("-", "_") not in known | elsewhere:
+            raise ValueError(f"config: expected options of ofb in {path}, got {name!r}; ofb COMMAND --help lists them")
+        if name.replace("-", "_") in known:
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                arguments.append(option if value else option.replace("--", "--no-", 1))
+            else:
+                arguments += [option, *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def _read_options(argument: str, path: Path) -> dict[str, Any]:
+    """The options in a YAML file, as the file says them."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{argument}: expected a YAML file of options, got {path}: {error}") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"{argument}: expected a YAML file of options such as `epochs: 100`, got {path}")
+    return options
 
 
 def _starting_model(config: TrainingConfig) -> nn.Module:
     seed_everything(config.seed, "model", 0)
     return create_model(config) if config.checkpoint is None else ofb.load(_network_folder(config.checkpoint))
+
+
+def _dense_network(run: Path) -> dict[str, nn.Module]:
+    """The dense network, by its name in a table, that a search started from; empty where `run` is none, or it is gone.
+
+    Its weights may be others: costs do not depend on them.
+    """
+    try:
+        options = _read_options("network", run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else {}
+        if "target" not in options:  # no run, or a dense training
+            return {}
+        config = dataclasses.replace(from_dict(SearchConfig, options), pretrained=False)
+        return {"dense": _starting_model(config)}
+    except (ValueError, OSError) as error:
+        print(f"note: no dense network to compare with: {' '.join(str(error).split())}")
+        return {}
 
 
 def _teacher(config: TrainingConfig, model: nn.Module, default: nn.Module | None) -> nn.Module | None:

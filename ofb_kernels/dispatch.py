@@ -16,6 +16,7 @@ from torch import Tensor
 from ofb_kernels.measured import TABLE, capability_of, nearest, sizes_of
 
 BACKENDS = ("reference", "eager", "triton")
+BACKEND_VARIABLE = "OFB_KERNELS_BACKEND"  # in the environment
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED_DTYPES = (torch.float32, torch.float16, torch.float64)  # Triton's interpreter computes garbage in bf16
 
@@ -105,7 +106,7 @@ def _request(backend: str | None) -> tuple[str | None, str]:
         return backend, "backend"
     if _requested:
         return _requested[-1], "use_backend"
-    return os.environ.get("OFB_KERNELS_BACKEND") or None, "OFB_KERNELS_BACKEND"
+    return os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE
 
 
 def _check_name(backend: str, source: str) -> None:

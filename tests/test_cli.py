@@ -8,11 +8,14 @@ import time
 
 import pytest
 import torch
+import yaml
 
 import ofb
-from ofb.cli import main
+from ofb.cli import COMMANDS, main, parse
+from ofb.engine.config import SearchConfig, from_dict
 from ofb.export import count_params
 from ofb.supernet.families import count_macs
+from tests.test_train import assert_same_weights
 
 MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=1 num_heads=2 --device cpu"
 TRAIN = f"train {MODEL} --batch-size 128 --epochs 2 --lr 2e-3"
@@ -122,7 +125,7 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fly", "command: expected one of search, train, evaluate, export, got 'fly'"),
+        ("fly", "command: expected one of search, train, evaluate, export, profile, doctor, completion, got 'fly'"),
         ("search --target 3%", "target: expected between"),
         ("search --target half", "target: expected MACs such as"),
         ("search --target 50% --freeze head", "freeze: expected a pattern of embed, attn0, mlp0, got 'head'"),
@@ -187,11 +190,83 @@ def test_damaged_network(dense_run, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().err
 
 
+def test_options_from_a_file(dense_run, tmp_path, capsys):
+    path, folder = tmp_path / "search.yaml", tmp_path / "run"
+    lines = ["lr: 1e-3", "epochs: 5", "finetune-epochs: 1", "batch_size: 128", "amp: false", "freeze: [attn0]"]
+    lines += [f"checkpoint: {dense_run}", "target: 60%", "device: cpu", "architecture_lr: 0.3", "output: elsewhere"]
+    path.write_text("\n".join([*lines, "onnx: of another command"]))
+    assert run("search --epochs 2", "--config", str(path), "--output", str(folder)) == 0
+    assert "search 1/2" in capsys.readouterr().out
+    config = from_dict(SearchConfig, yaml.safe_load((folder / "config.yaml").read_text()))
+    assert (config.lr, config.epochs, config.freeze, config.amp, config.target) == (1e-3, 2, ("attn0",), False, "60%")
+    again = tmp_path / "again"
+    assert run("search", "--config", str(folder / "config.yaml"), "--output", str(again)) == 0
+    assert_same_weights(ofb.load(folder / "export"), ofb.load(again / "export"))
+    assert run("evaluate", str(again), "--config", str(again / "config.yaml")) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "config: expected a YAML file of options, got"),
+        ("- 3", "config: expected a YAML file of options such as `epochs: 100`"),
+        ("{", "config: expected a YAML file of options, got"),
+        ("epoch: 3", "config: expected options of ofb in"),
+        ("preset: deit", "preset: expected one of deit-tiny-imagenet"),
+    ],
+)
+def test_damaged_file_of_options(text, message, tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert run("search", "--config", str(path)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_preset_in_a_file(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("preset: deit-tiny-imagenet\nepochs: 30\n")
+    config = parse("search", SearchConfig, ["--config", str(path), "--data-dir", "somewhere", "--lr", "0.5"])
+    assert (config.model, config.epochs, config.lr, config.settling) == ("deit_tiny_patch16_224", 30, 0.5, 0.0)
+
+
+def test_profile(dense_run, tmp_path, capsys):
+    folder = str(tmp_path / "search")
+    assert run(SEARCH, "--checkpoint", dense_run, "--target", "60%", "--output", folder) == 0
+    capsys.readouterr()
+    assert run("profile --device cpu", folder) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:5] == ["layer", "dense:", "MACs", "params", "ms"] and "compressed: MACs" in header
+    assert [row.split()[0] for row in rows] == ["patch_embed", "blocks.0.attn", "blocks.0.mlp", "head", "the", "total"]
+    assert "(59%)" in rows[-1] or "(60%)" in rows[-1]
+    assert run("profile --device cpu", dense_run) == 0
+    assert run("profile --device cpu vit_tiny_patch16_224") == 0
+    assert "vit_tiny_patch16_224: MACs" in capsys.readouterr().out
+    assert run("profile no/such") == 2
+    assert "network: expected a run folder or the name of a timm model" in capsys.readouterr().err
+
+
+def test_completion_knows_commands_and_options(capsys):
+    for shell in ("bash", "zsh"):
+        with pytest.raises(SystemExit) as stop:
+            run(f"completion {shell}")
+        assert stop.value.code in (0, None)
+        script = capsys.readouterr().out
+        assert "--finetune-epochs" in script and "doctor" in script
+
+
+def test_a_reader_that_stops_early_is_no_mistake():
+    command = f"{sys.executable} -m ofb search --help | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.startswith("usage: ofb search")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_usage(arguments, capsys):
     assert main(arguments) == (0 if arguments else 2)
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("search", "train", "evaluate", "export"))
+    assert all(f"\n  {command} " in shown for command in COMMANDS)
 
 
 def test_interrupt_leaves_a_run_to_resume(tmp_path):

@@ -21,6 +21,9 @@ Config = TypeVar("Config")
 class RunConfig:
     """Where and how a command runs."""
 
+    config: str | None = None
+    """YAML file of options, such as the config.yaml of another run; those given beside it come first."""
+
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one if not given."""
 
@@ -392,6 +395,39 @@ class EvaluateConfig(RunConfig, DataConfig):
 
     split: Literal["val", "test"] = "test"
     """Images to evaluate on: held-out training images, or those of --test-split."""
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Show MACs, parameters and milliseconds of a network's layers; for a search, beside those of the dense network."""
+
+    network: str
+    """A run folder, or its export folder, or any timm model name."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one if not given."""
+
+    batch_size: int = 1
+    """Images at once when time is measured."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+
+
+@dataclass(kw_only=True)
+class DoctorConfig:
+    """Say what of the stack is here, which backend runs and why, and check every op against float64."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one if not given."""
+
+
+@dataclass(kw_only=True)
+class CompletionConfig:
+    """Print what completes this command's options in a shell: eval "$(ofb completion bash)"."""
+
+    shell: Literal["bash", "zsh", "tcsh"]
+    """Your shell."""
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ from ofb.supernet.families import family_of
 TRAIN_LR_AT_256 = 1.5e-4
 TRAIN_WARMUP_EPOCHS = 5
 STEPS_BETWEEN_NOTES = 50  # reading losses makes the host wait for the device
-FREE_ON_RESUME = {"device", "workers", "backend", "cuda_graph", "output", "resume"}
+FREE_ON_RESUME = {"device", "workers", "backend", "cuda_graph", "output", "resume", "config"}
 
 Loader = Iterable[tuple[Tensor, Tensor]]  # with a length: batches of images and class indices
 LossOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
