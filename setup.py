@@ -1,19 +1,29 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 CLI = ["tyro>=0.9", "rich>=13", "tensorboard>=2.15", "matplotlib>=3.8", "scikit-learn>=1.3", "pyyaml>=6"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
 TRANSFORMERS = ["transformers>=5.9"]
 BENCHMARK = ["torch-pruning>=1.6"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "setuptools>=77"]
 
 setup(
     name="ofb-kernels",
     version="0.1.0",
     description="Once-for-both compression of vision transformers, on fused bi-mask kernels",
     author="OFB Kernels authors",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["ofb", "ofb.*", "ofb_kernels", "ofb_kernels.*"]),
-    package_data={"ofb_kernels": ["measured.json"]},
+    package_data={"ofb": ["py.typed"], "ofb_kernels": ["measured.json", "py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

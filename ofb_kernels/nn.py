@@ -73,9 +73,7 @@ class MaskedMlp(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (..., in_features), mask (hidden_features,) → (..., out_features)."""
-        return masked_mlp(
-            x, self.fc1.weight, self.fc1.bias, mask, self.fc2.weight, self.fc2.bias, self.activation
-        )
+        return masked_mlp(x, self.fc1.weight, self.fc1.bias, mask, self.fc2.weight, self.fc2.bias, self.activation)
 
 
 class MaskedAttention(nn.Module):

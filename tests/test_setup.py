@@ -1,9 +1,14 @@
 """Both packages import with what they require, and with nothing more."""
 
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 CLI = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "yaml"]
 OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers"]
@@ -36,3 +41,18 @@ def test_ofb_kernels_without_triton_is_eager():
 @pytest.mark.parametrize("package", ["ofb_kernels"])
 def test_arrows_point_down(package):
     run_without(["ofb"], f"import {package}, {package}.nn, {package}.testing, {package}.kernels.masked_mlp")
+
+
+def test_wheel_holds_both_packages_and_their_data(tmp_path):
+    for name in ("setup.py", "README.md", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for package in ("ofb", "ofb_kernels"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("ofb*/**/*.py")}
+    data = {"ofb/py.typed", "ofb_kernels/py.typed", "ofb_kernels/measured.json"}
+    assert sources | data <= names
+    assert all(name.split("/")[0] in ("ofb", "ofb_kernels") or ".dist-info/" in name for name in names)

@@ -71,9 +71,7 @@ def _(x, weight, bias, mask, activation, save_pre):
 
 
 @torch.library.custom_op("ofb_kernels::masked_linear_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
     from ofb_kernels.kernels import masked_linear as kernel
 
     return kernel.backward(grad_out.reshape(-1, grad_out.shape[-1]), pre, mask, activation)
