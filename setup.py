@@ -7,6 +7,7 @@ EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
 TRANSFORMERS = ["transformers>=5.9"]
 BENCHMARK = ["torch-pruning>=1.6"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "setuptools>=77"]
+TEST += ["webdataset>=0.2"]
 
 setup(
     name="ofb-kernels",

@@ -28,7 +28,7 @@ from ofb.engine.config import (
     from_dict,
     to_dict,
 )
-from ofb.engine.data import create_loaders, create_model, create_teacher
+from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
 from ofb.engine.presets import preset
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if debug:
             raise
-        print(f"ofb: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ofb: {_in_one_line(error)}", file=sys.stderr)
         return USER_ERROR
 
 
@@ -110,6 +110,7 @@ def run_train(config: TrainConfig) -> None:
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
         print(f"test  {_shown(ofb.evaluate(model, loaders.test, config))}")
+    _tell_skipped(loaders)
     print(f"run folder: {config.output}")
 
 
@@ -128,13 +129,16 @@ def run_search(config: SearchConfig) -> None:
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
-    print(f"\n{comparison_table(figures(networks, top1))}\n\nrun folder: {config.output}")
+    print(f"\n{comparison_table(figures(networks, top1))}\n")
+    _tell_skipped(loaders)
+    print(f"run folder: {config.output}")
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
     model = ofb.load(_network_folder(config.checkpoint))
     loaders = create_loaders(config, model, pick_device(config))
     print(f"{config.split}  {_shown(ofb.evaluate(model, getattr(loaders, config.split), config))}")
+    _tell_skipped(loaders)
 
 
 def run_export(config: ExportConfig) -> None:
@@ -254,6 +258,17 @@ def _read_options(argument: str, path: Path) -> dict[str, Any]:
 def _starting_model(config: TrainingConfig) -> nn.Module:
     seed_everything(config.seed, "model", 0)
     return create_model(config) if config.checkpoint is None else ofb.load(_network_folder(config.checkpoint))
+
+
+def _in_one_line(error: Exception) -> str:
+    """What went wrong; without the traceback, if a worker process sent it along."""
+    return " ".join(str(error).rpartition(f"{type(error).__name__}: ")[2].split())
+
+
+def _tell_skipped(loaders: Loaders) -> None:
+    skipped = loaders.skipped()
+    if skipped:
+        print(f"skipped {len(skipped)} image files that cannot be read, such as {skipped[0]}")
 
 
 def _dense_network(run: Path) -> dict[str, nn.Module]:

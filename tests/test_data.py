@@ -1,4 +1,8 @@
-"""The digits: disjoint, stratified, the same every time; and timm's data sets by folder."""
+"""The digits: disjoint, stratified, the same every time; and timm's data sets by folder and by shard."""
+
+import io
+import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -125,3 +129,33 @@ def test_repeated_augmentation():
     assert first != second
     torch.manual_seed(3)
     assert list(sampler) == first
+
+
+def write_shard(path, images: int) -> None:
+    """A tar file of random images of two classes, as webdataset names them."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as shard:
+        for i in range(images):
+            picture = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(picture, "PNG")
+            for extension, data in (("png", picture.getvalue()), ("cls", str(i % 2).encode())):
+                entry = tarfile.TarInfo(f"{i:04d}.{extension}")
+                entry.size = len(data)
+                shard.addfile(entry, io.BytesIO(data))
+
+
+def test_webdataset_shards(tmp_path):
+    splits = {}
+    for split, images in {"train": 24, "validation": 8}.items():
+        write_shard(tmp_path / f"{split}-0000.tar", images)
+        shards = {"filenames": [f"{split}-0000.tar"], "shard_lengths": [images]}
+        splits[split] = {"name": split, "num_samples": images, **shards}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    options = dict(data="wds/toy", data_dir=str(tmp_path), batch_size=8, workers=1)
+    kwargs = ("img_size=16", "patch_size=8", "embed_dim=16", "depth=1", "num_heads=2", "num_classes=2")
+    config = TrainConfig(**options, model="vit_tiny_patch16_224", model_kwargs=kwargs, val_split="validation")
+    loaders = create_loaders(config, create_model(config), CPU)
+    assert [len(images) for images, _ in loaders.train] == [8, 8, 8]
+    assert sorted(torch.cat([targets for _, targets in loaders.test]).tolist()) == [0] * 4 + [1] * 4
+    with pytest.raises(ValueError, match="val_split: expected a split of wds/toy, whose images cannot be held out"):
+        create_loaders(TrainConfig(**options, model=config.model, model_kwargs=kwargs), create_model(config), CPU)

@@ -63,6 +63,9 @@ class DataConfig:
     batch_size: int = 1024
     """Images in a step."""
 
+    skip_broken: bool = False
+    """Leave image files out that cannot be read, and count them, instead of stopping at the first."""
+
     workers: int = 4
     """Processes that read and augment images; `digits` needs none."""
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
 from timm.data.loader import PrefetchLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
 
 from ofb.engine.config import DataConfig, TrainingConfig
+from ofb.engine.readable import ReadableImages
 from ofb.supernet.families import family_of
 
 # Mean and standard deviation of the training digits' pixels, 0 to 1.
@@ -33,6 +34,10 @@ class Loaders:
     train: DataLoader
     val: DataLoader
     test: DataLoader
+
+    def skipped(self) -> list[str]:
+        """Image files that could not be read so far, and were left out."""
+        return sorted({name for loader in (self.train, self.val, self.test) for name in _skipped(loader.dataset)})
 
 
 class Digits(Dataset):
@@ -262,7 +267,7 @@ def _dataset(config: DataConfig, split: str, expected: dict[str, Any], is_traini
     if config.data.startswith("torch/"):
         mode = {}
     try:
-        return create_dataset(
+        dataset = create_dataset(
             config.data,
             root=config.data_dir,
             split=split,
@@ -271,10 +276,17 @@ def _dataset(config: DataConfig, split: str, expected: dict[str, Any], is_traini
             seed=config.seed,
             **mode,
         )
-    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+    except (OSError, RuntimeError, AssertionError, ValueError, KeyError) as error:
         raise ValueError(
             f"data: cannot read split {split!r} of {config.data!r} in {config.data_dir}: {error}"
         ) from error
+    return ReadableImages(dataset, config.skip_broken) if type(dataset) is ImageDataset else dataset
+
+
+def _skipped(dataset: Dataset) -> list[str]:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset.skipped() if isinstance(dataset, ReadableImages) else []
 
 
 def _options_of_data(config: DataConfig) -> dict[str, Any]:
