@@ -58,10 +58,10 @@ class DataConfig:
     """Share of the training split that is held out to choose the best epoch."""
 
     batch_size: int = 1024
-    """Images in a step."""
+    """Images in a step, over all processes of a job together."""
 
     workers: int = 4
-    """Processes that read and augment images; `digits` needs none."""
+    """Processes that read and augment images, for each process of a job; `digits` needs none."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size")
@@ -121,7 +121,8 @@ class TrainingConfig(RunConfig, DataConfig):
     """Largest norm of the gradient."""
 
     grad_accum_steps: int = 1
-    """Parts in which a batch goes through the network, one after the other; memory is that of one part."""
+    """Parts in which a batch, or each process's share of it, goes through the network, one after the other; memory is
+    that of one part."""
 
     cuda_graph: bool = False
     """Run each step as one CUDA graph, captured anew after a prune."""
