@@ -1,6 +1,7 @@
 """OFB: search, prune and fine-tune a Vision Transformer in one training run (CVPR 2024, arXiv 2403.15835)."""
 
 from ofb.engine.config import EvaluateConfig, ExportConfig, SearchConfig, TrainConfig
+from ofb.engine.distributed import process_group
 from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
 from ofb.export import export_onnx, load, save
@@ -23,6 +24,7 @@ __all__ = [
     "from_transformers",
     "load",
     "measure_latency",
+    "process_group",
     "save",
     "search",
     "search_targets",

@@ -29,6 +29,7 @@ from ofb.engine.config import (
     to_dict,
 )
 from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
+from ofb.engine.distributed import is_main, may_restart, on_main, process_group, rank, was_restarted
 from ofb.engine.presets import preset
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
@@ -54,17 +55,20 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {args[0]!r}")
         run, config_class = COMMANDS[args[0]]
-        return run(parse(args[0], config_class, args[1:])) or 0
+        with process_group():
+            return run(on_main(parse, args[0], config_class, args[1:], was_restarted())) or 0
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as interrupt:
-        print(f"\nofb: interrupted; {interrupt or 'nothing is half written'}", file=sys.stderr)
+        if is_main():
+            print(f"\nofb: interrupted; {interrupt or 'nothing is half written'}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if debug:
             raise
-        print(f"ofb: {_in_one_line(error)}", file=sys.stderr)
+        process = f" (process {rank()})" if rank() else ""
+        print(f"ofb{process}: {_in_one_line(error)}", file=sys.stderr)
         return USER_ERROR
 
 
@@ -73,9 +77,11 @@ def usage() -> str:
     return "\n".join(["usage: ofb COMMAND [OPTIONS]    (ofb COMMAND --help lists the options)", "", *lines])
 
 
-def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
+def parse(command: str, config_class: type, args: Sequence[str], restarted: bool = False) -> Any:
     """The config of a command line. Defaults are those of its preset, over these the options of its --config file; or
     with --resume those of the run.
+
+    What was `restarted` after a failure is resumed without asking, once there is something to resume.
 
     Raises:
         SystemExit: an option is wrong, or help was asked for.
@@ -88,8 +94,8 @@ def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
         return tyro.cli(config_class, args=args, prog=f"ofb {command}", config=settings, **default)
 
     config = read(args)
-    if getattr(config, "resume", False):
-        return read(args, default=_started_with(config))
+    if isinstance(config, TrainingConfig) and (config.resume or restarted and _has_begun(config)):
+        return dataclasses.replace(read(args, default=_started_with(config)), resume=True)
     if getattr(config, "config", None) is not None:
         args = [*_arguments_of_file(config_class, config.config), *args]
         config = read(args)
@@ -102,7 +108,7 @@ def parse(command: str, config_class: type, args: Sequence[str]) -> Any:
 
 
 def run_train(config: TrainConfig) -> None:
-    config = _with_run_folder("train", config)
+    config = on_main(_with_run_folder, "train", config)
     model = _starting_model(config)
     loaders = create_loaders(config, model, pick_device(config))
     with _run("train", config):
@@ -115,7 +121,7 @@ def run_train(config: TrainConfig) -> None:
 
 
 def run_search(config: SearchConfig) -> None:
-    config = _with_run_folder("search", config)
+    config = on_main(_with_run_folder, "search", config)
     dense = _starting_model(config)
     loaders = create_loaders(config, dense, pick_device(config))
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
@@ -129,7 +135,7 @@ def run_search(config: SearchConfig) -> None:
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
-    print(f"\n{comparison_table(figures(networks, top1))}\n")
+    print(f"\n{comparison_table(on_main(figures, networks, top1))}\n")
     _tell_skipped(loaders)
     print(f"run folder: {config.output}")
 
@@ -189,6 +195,8 @@ COMMANDS = {
 
 def _with_run_folder(command: str, config: TrainingConfig) -> TrainingConfig:
     """The config with its run folder settled: one that is new or empty, unless the run is resumed."""
+    if config.output is None and may_restart():
+        raise ValueError("output: expected a folder where a job that restarts finds its run again; add --output FOLDER")
     start = Path(config.checkpoint).name if config.checkpoint else config.model
     output = config.output or f"runs/{command}-{start}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not config.resume and Path(output).exists() and not (Path(output).is_dir() and not any(Path(output).iterdir())):
@@ -208,6 +216,10 @@ def _run(command: str, config: TrainingConfig) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: ofb {command} --resume --output {config.output}") from None
+
+
+def _has_begun(config: TrainingConfig) -> bool:
+    return config.output is not None and (Path(config.output) / CONFIG_FILE).is_file()
 
 
 def _started_with(config: TrainingConfig) -> TrainingConfig:

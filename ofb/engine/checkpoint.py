@@ -9,12 +9,17 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ofb.engine.distributed import is_main
+
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it there: whoever reads sees the old or the new file.
 
-    The bytes are on the disk before the name changes, so a power cut cannot leave an empty file either.
+    The bytes are on the disk before the name changes, so a power cut cannot leave an empty file either. Of the
+    processes of a job, which all have the same to say, the first one writes.
     """
+    if not is_main():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -61,13 +61,13 @@ class DataConfig:
     """Share of the training split that is held out to choose the best epoch."""
 
     batch_size: int = 1024
-    """Images in a step."""
+    """Images in a step, over all processes of a job together."""
 
     skip_broken: bool = False
     """Leave image files out that cannot be read, and count them, instead of stopping at the first."""
 
     workers: int = 4
-    """Processes that read and augment images; `digits` needs none."""
+    """Processes that read and augment images, for each process of a job; `digits` needs none."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size")
@@ -127,7 +127,8 @@ class TrainingConfig(RunConfig, DataConfig):
     """Largest norm of the gradient."""
 
     grad_accum_steps: int = 1
-    """Parts in which a batch goes through the network, one after the other; memory is that of one part."""
+    """Parts in which a batch, or each process's share of it, goes through the network, one after the other; memory is
+    that of one part."""
 
     cuda_graph: bool = False
     """Run each step as one CUDA graph, captured anew after a prune."""

@@ -19,6 +19,7 @@ from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
 
 from ofb.engine.config import DataConfig, TrainingConfig
 from ofb.engine.readable import ReadableImages
+from ofb.engine.shards import loader_batch_size
 from ofb.supernet.families import family_of
 
 # Mean and standard deviation of the training digits' pixels, 0 to 1.
@@ -180,7 +181,7 @@ def _timm_loaders(config: DataConfig, model: nn.Module, device: torch.device) ->
         return create_loader(
             dataset,
             **expected,
-            batch_size=config.batch_size,
+            batch_size=loader_batch_size(config.batch_size, dataset),
             num_workers=config.workers,
             use_prefetcher=device.type == "cuda",
             device=device,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ofb.engine.checkpoint import write_text
+from ofb.engine.distributed import is_main
 
 Item = TypeVar("Item")
 Note = Callable[[Mapping[str, float]], None]
@@ -25,7 +26,7 @@ class Journal:
 
     def __init__(self, folder: str | Path | None, stage: str, start_epoch: int = 0) -> None:
         self.stage = stage
-        self.path = None if folder is None else Path(folder) / "metrics.jsonl"
+        self.path = None if folder is None or not is_main() else Path(folder) / "metrics.jsonl"
         self.entries = []
         self.tensorboard = None
         if self.path is None:

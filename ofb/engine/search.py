@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig
+from ofb.engine.distributed import average_gradients, check_alike, on_main, rank, start_alike
 from ofb.engine.journal import Journal
+from ofb.engine.shards import shard
 from ofb.engine.train import (
     Loader,
     Optimization,
@@ -69,7 +71,7 @@ def make_supernet(model: nn.Module, config: SearchConfig, steps_per_epoch: int) 
         settling=config.settling,
         prunes_per_epoch=config.prunes_per_epoch,
         prune_threshold=config.prune_threshold,
-        latency_table=_latency_table(model, config) if timed else None,
+        latency_table=on_main(_latency_table, model, config) if timed else None,
         backend=config.backend,
     )
 
@@ -135,7 +137,7 @@ def search_targets(
     print(describe_choices(supernet), flush=True)
     for limits, model in zip(supernet.targets, found, strict=True):
         print(describe_costs(supernet, model, limits), flush=True)
-    _report_importance(supernet, val_loader, config)
+    on_main(_report_importance, supernet, val_loader, config)
     networks = {}
     for target, model in zip(targets, found, strict=True):
         if config.finetune_epochs:
@@ -213,7 +215,8 @@ def _search_sizes(
 ) -> list[nn.Module]:
     """Train the supernet until its sizes are final; the network of each target."""
     device = pick_device(config)
-    supernet.to(device)
+    start_alike(supernet.to(device))
+    train_loader = shard(train_loader, config.grad_accum_steps)
     set_drop_path(supernet.model, config.drop_path)
     teach = teaching(teacher, config, device)
     groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr, config.score_lr)
@@ -248,13 +251,14 @@ def _search_sizes(
             _rank_scores(supernet, train_loader, config, device)
 
     def stepped() -> None:
-        supernet.step(optimization.optimizer)
+        if supernet.step(optimization.optimizer):
+            check_alike(_decisive(supernet), f"after the pruning event of step {supernet.steps}")
 
     with Journal(config.output, "search", start) as journal:
         for epoch in range(start, config.epochs):
             if supernet.finished:
                 break
-            seed_everything(config.seed, "search", epoch)
+            seed_everything(config.seed, "search", epoch, rank())
             supernet.train()
             title = f"{epoch + 1}/{config.epochs}"
             losses = run_epoch(train_loader, optimization, stepped, journal, title)
@@ -279,10 +283,16 @@ def _search_sizes(
 
 def _rank_scores(supernet: Supernet, train_loader: Loader, config: SearchConfig, device: torch.device) -> None:
     """Rank the units by the loss on some training images, before the first epoch."""
-    seed_everything(config.seed, "scores", 0)
+    seed_everything(config.seed, "scores", 0, rank())
     batches = ((x.to(device), y.to(device)) for x, y in islice(train_loader, SCORE_BATCHES))
     with autocast(config, device):
-        supernet.rank_scores(batches)
+        supernet.rank_scores(batches, average_gradients)
+    check_alike(_decisive(supernet), "on the ranks of the units")
+
+
+def _decisive(supernet: Supernet) -> dict[str, list[Tensor]]:
+    """What decides which sizes and units stay, of each submodule."""
+    return {name: list(bimask.state_dict().values()) for name, bimask in supernet.bimasks.items()}
 
 
 def _network(saved: dict, like: nn.Module) -> nn.Module:

@@ -1,8 +1,9 @@
 """Dense training, fine-tuning and evaluation of a plain timm model."""
 
+import math
 import random
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,20 @@ from torch.optim import Optimizer
 
 from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
 from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig, to_dict
+from ofb.engine.distributed import (
+    averaged,
+    check_device,
+    in_job,
+    mean_over_processes,
+    on_main,
+    rank,
+    start_alike,
+    sum_over_processes,
+    without_exchange,
+)
 from ofb.engine.graph import StepGraph
 from ofb.engine.journal import Journal
+from ofb.engine.shards import Loader, shard
 from ofb.supernet.families import family_of
 
 TRAIN_LR_AT_256 = 1.5e-4
@@ -29,7 +42,6 @@ TRAIN_WARMUP_EPOCHS = 5
 STEPS_BETWEEN_NOTES = 50  # reading losses makes the host wait for the device
 FREE_ON_RESUME = {"device", "workers", "backend", "cuda_graph", "output", "resume", "config"}
 
-Loader = Iterable[tuple[Tensor, Tensor]]  # with a length: batches of images and class indices
 LossOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -62,7 +74,8 @@ def train(
     """
     config = config or TrainConfig()
     device = pick_device(config)
-    set_drop_path(model.to(device), config.drop_path)
+    start_alike(model.to(device))
+    set_drop_path(model, config.drop_path)
     criterion, teach = config.criterion(), teaching(teacher, config, device)
     ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=True) if config.model_ema else None
     optimization = Optimization(
@@ -76,6 +89,7 @@ def train(
         device,
     )
     mix = make_mix(model, config)
+    train_loader = shard(train_loader, math.lcm(config.grad_accum_steps, 1 if mix is None else 2))
     kept, best, start = model if ema is None else ema.module, Best(), 0
     state = resumed_state(config, stage)
     if state is not None:
@@ -90,7 +104,7 @@ def train(
 
     with Journal(config.output, stage, start) as journal:
         for epoch in range(start, config.epochs):
-            seed_everything(config.seed, stage, epoch)
+            seed_everything(config.seed, stage, epoch, rank())
             model.train()
             losses = run_epoch(train_loader, optimization, stepped, journal, f"{epoch + 1}/{config.epochs}", mix)
             metrics = evaluate(kept, val_loader, config)
@@ -113,13 +127,14 @@ def train(
 def evaluate(model: nn.Module, loader: Loader, config: RunConfig | None = None) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and mean cross entropy, the model in eval mode.
 
-    Top-5 of fewer than five classes counts them all.
+    Top-5 of fewer than five classes counts them all. The processes of a job share the images out among them, and all of
+    them have to call this.
     """
     config = config or RunConfig()
     device = pick_device(config)
     model.to(device).eval()
     meters = {"top1": AverageMeter(), "top5": AverageMeter(), "loss": AverageMeter()}
-    for images, targets in loader:
+    for images, targets in shard(loader):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast(config, device):
             logits = model(images)
@@ -127,7 +142,10 @@ def evaluate(model: nn.Module, loader: Loader, config: RunConfig | None = None) 
         loss = F.cross_entropy(logits.float(), targets)
         for meter, value in zip(meters.values(), (top1, top5, loss), strict=True):
             meter.update(value.double(), len(targets))
-    return {name: float(meter.avg) for name, meter in meters.items()}
+    sums = [float(meter.sum) for meter in meters.values()]
+    local = torch.tensor([*sums, meters["loss"].count], dtype=torch.float64, device=device)
+    *sums, count = sum_over_processes(local).tolist()
+    return {name: total / max(count, 1) for name, total in zip(meters, sums, strict=True)}
 
 
 # ---- what dense training and search share ----
@@ -155,7 +173,8 @@ class Optimization:
         steps_per_epoch: optimizer steps in an epoch.
         device: of the parameters.
         cosine_epochs: length of the schedule; `config.epochs` if None.
-        revision: a number that changes whenever tensors were replaced, so that a CUDA graph would be stale.
+        revision: a number that changes whenever tensors were replaced, so that a CUDA graph would be stale; None for a
+            network that stays as it is.
     """
 
     def __init__(
@@ -167,10 +186,11 @@ class Optimization:
         steps_per_epoch: int,
         device: torch.device,
         cosine_epochs: int | None = None,
-        revision: Callable[[], int] = lambda: 0,
+        revision: Callable[[], int] | None = None,
     ) -> None:
-        self.optimizer, self.loss_of, self.config, self.device = optimizer, loss_of, config, device
+        self.optimizer, self.config, self.device = optimizer, config, device
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.loss_of = averaged(loss_of, self.parameters, revision)
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=(cosine_epochs or config.epochs) * steps_per_epoch,
@@ -180,7 +200,7 @@ class Optimization:
             t_in_epochs=False,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
-        self.graph = StepGraph(self._descend, optimizer, revision) if self._captures() else None
+        self.graph = StepGraph(self._descend, optimizer, revision or (lambda: 0)) if self._captures() else None
         self.steps = 0
         self.schedule.step_update(0)
 
@@ -203,11 +223,13 @@ class Optimization:
         """Forward and backward of each part of the batch, then the update: nothing here waits for the device."""
         totals: dict[str, Tensor] = {}
         parts = self.config.grad_accum_steps
-        for part_images, part_targets in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+        for part in zip(images.chunk(parts), targets.chunk(parts), range(parts), strict=True):
+            part_images, part_targets, number = part
             share = len(part_images) / len(images)
-            with autocast(self.config, self.device):
-                losses = {name: loss * share for name, loss in self.loss_of(part_images, part_targets).items()}
-            self.scaler.scale(losses["loss"]).backward()
+            with nullcontext() if number + 1 == parts else without_exchange(self.loss_of):
+                with autocast(self.config, self.device):
+                    losses = {name: loss * share for name, loss in self.loss_of(part_images, part_targets).items()}
+                self.scaler.scale(losses["loss"]).backward()
             totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -225,6 +247,7 @@ class Optimization:
             f"the device is {self.device.type}": self.device.type != "cuda",
             "float16 loss scaling decides on the host": self.scaler.is_enabled(),
             f"only adamw can be captured, not {self.config.opt}": self.config.opt != "adamw",
+            "the processes of a job exchange gradients": in_job(),
         }
         for reason in (reason for reason, applies in reasons.items() if applies):
             print(f"cuda_graph: steps run without one: {reason}", flush=True)
@@ -267,7 +290,7 @@ def run_epoch(
 
 
 def _finite_means(sums: dict[str, Tensor], count: int, title: str) -> dict[str, float]:
-    means = {name: float(total) / count for name, total in sums.items()}
+    means = dict(zip(sums, (mean_over_processes(torch.stack(list(sums.values()))) / count).tolist(), strict=True))
     if not np.isfinite(means["loss"]):
         raise FloatingPointError(f"the loss is not finite in epoch {title}; lower the learning rate (--lr)")
     return means
@@ -279,16 +302,15 @@ def pick_device(config: RunConfig) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
-    if config.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device: expected one of this machine such as cpu, got {config.device!r} ({reason})"
         ) from error
+    check_device(device)
     return device
 
 
@@ -297,12 +319,13 @@ def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, getattr(torch, config.amp_dtype), enabled=config.amp)
 
 
-def seed_everything(seed: int, stage: str, epoch: int) -> None:
+def seed_everything(seed: int, stage: str, epoch: int, rank: int = 0) -> None:
     """Seed all global generators for one epoch: order, augmentation and dropout then depend on nothing before it.
 
-    A checkpoint between two epochs therefore needs no generator's state.
+    A checkpoint between two epochs therefore needs no generator's state. With another `rank` it is other randomness.
     """
-    state = int(np.random.SeedSequence([seed, epoch, *stage.encode()]).generate_state(1)[0])
+    entropy = [seed, epoch, *stage.encode(), *([rank] if rank else [])]
+    state = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
@@ -349,7 +372,11 @@ def resumed_state(config: TrainingConfig, stage: str) -> dict[str, Any] | None:
     Raises:
         ValueError: the run was started with options that differ, or its checkpoint is damaged.
     """
-    if not config.resume or not _checkpoint_path(config, stage).exists():
+    return on_main(_resumed_state, config, stage) if config.resume else None
+
+
+def _resumed_state(config: TrainingConfig, stage: str) -> dict[str, Any] | None:
+    if not _checkpoint_path(config, stage).exists():
         return None
     state = load_checkpoint(_checkpoint_path(config, stage))
     for name, value in to_dict(config).items():

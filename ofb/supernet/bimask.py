@@ -135,7 +135,8 @@ class BiMask(nn.Module):
         """
         rows, columns = int(alive.any(1).nonzero().max()) + 1, int(alive.any(0).nonzero().max()) + 1
         if (rows, columns) != tuple(self.alpha.shape):
-            replace_data(self.alpha, self.alpha.data[:rows, :columns].clone())
+            # contiguous also in a dimension of size 1, as DDP's buffers are
+            replace_data(self.alpha, self.alpha.data[:rows, :columns].clone(memory_format=torch.contiguous_format))
             reset_moments(self.alpha, optimizer)
         self.alive = alive[:rows, :columns].to(self.alive.device)
         self.head_counts, self.channel_counts = self.head_counts[:rows], self.channel_counts[:columns]

@@ -239,7 +239,9 @@ class Supernet(nn.Module):
 
     # ---- the course of the search ----
 
-    def rank_scores(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def rank_scores(
+        self, batches: Iterable[tuple[Tensor, Tensor]], average: Callable[[nn.Module], None] = lambda model: None
+    ) -> None:
         """Before the first step: the largest initial scores go to the units that the loss depends on most.
 
         Importance of a unit is the sum over its weights and the batches of (w · ∂L/∂w)², L the cross entropy of the
@@ -247,6 +249,8 @@ class Supernet(nn.Module):
 
         Args:
             batches: images (B, C, H, W) and targets, class indices (B,) or probabilities (B, classes).
+            average: where each of several processes sees a share of a batch, makes the model's gradients those of the
+                whole batch.
         """
         training = self.model.training
         self.model.eval()
@@ -254,6 +258,7 @@ class Supernet(nn.Module):
         for images, targets in batches:
             self.model.zero_grad()
             nn.functional.cross_entropy(self.model(images), targets).backward()
+            average(self.model)
             for name, importance in self._unit_sums(squared_taylor).items():
                 totals[name] = totals[name] + importance
         for name, importance in totals.items():
@@ -266,22 +271,28 @@ class Supernet(nn.Module):
         """Whether every submodule's size is final."""
         return all(bimask.final for bimask in self.bimasks.values())
 
-    def step(self, optimizer: Optimizer | None = None) -> None:
+    def step(self, optimizer: Optimizer | None = None) -> bool:
         """Advance the schedules after an optimizer step, and prune when it is time.
 
         After the last step all sizes are final. No host synchronization but at pruning events.
 
         Args:
             optimizer: its moments follow the parameters' shapes; None where none holds any.
+
+        Returns:
+            Whether there was a pruning event.
         """
         self.steps += 1
         self._set_schedules()
         if self.finished:
-            return
-        if self.paced and prunes_after(self.steps, self.steps_per_epoch, self.prunes_per_epoch):
+            return False
+        prunes = self.paced and prunes_after(self.steps, self.steps_per_epoch, self.prunes_per_epoch)
+        if prunes:
             self.prune(optimizer)
-        if self.steps >= self.total_steps:
+        ends = self.steps >= self.total_steps
+        if ends:
             self.finalize(optimizer)
+        return prunes or ends
 
     def next_target(self) -> None:
         """Go on to the next of the later targets; `extract()` before gives the network of this one."""

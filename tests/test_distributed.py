@@ -1,0 +1,136 @@
+"""Several processes: they find what a single one finds, notice when they disagree, and carry on after a failure."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ofb.cli import main
+from ofb.engine.checkpoint import load_checkpoint
+from ofb.engine.distributed import check_alike, in_job, on_main, process_group, rank
+from tests.jobs import RUN, found_by_search, loaders, what_a_process_finds
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = {  # the environment of a single process that may be started anew
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "GROUP_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+    "TORCHELASTIC_RUN_ID": "test",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "False",
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> dict:
+    return found_by_search(str(tmp_path_factory.mktemp("single")))
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def job(request, tmp_path_factory) -> list[dict]:
+    """What each process of a job found."""
+    folder = tmp_path_factory.mktemp(f"job{request.param}")
+    multiprocessing.set_forkserver_preload(["tests.jobs"])  # imports once what all processes need
+    torch.multiprocessing.start_processes(
+        what_a_process_finds, (request.param, str(folder)), request.param, start_method="forkserver"
+    )
+    found = [torch.load(folder / f"{number}.pt") for number in range(request.param)]
+    found[0]["folder"] = folder / "run"
+    return found
+
+
+def test_processes_find_what_a_single_one_finds(single, job):
+    for found in job:
+        assert found["sizes"] == single["sizes"]
+        assert found["weights"].keys() == single["weights"].keys()
+        for name, weight in found["weights"].items():
+            assert torch.equal(weight, job[0]["weights"][name]), name
+            torch.testing.assert_close(weight, single["weights"][name], rtol=1e-3, atol=1e-4)
+        assert found["metrics"] == job[0]["metrics"]
+        correct = found["metrics"]["top1"] * 64 / 100  # of 64 images, each once
+        assert found["metrics"]["top5"] == pytest.approx(100) and correct == pytest.approx(round(correct), abs=1e-4)
+        assert found["metrics"]["loss"] == pytest.approx(single["metrics"]["loss"], rel=1e-4)
+
+
+def test_files_are_written_once(job):
+    first, *others = (found["files"] for found in job)
+    assert others == [[]] * len(others)
+    assert first.count("search.pt") == 4 and first.count("finetune.pt") == 2
+    assert first.count("metrics.jsonl") == 6 and first.count("importance.json") == 1
+    entries = [json.loads(line) for line in (job[0]["folder"] / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["epoch"]) for entry in entries] == [
+        *(("search", epoch) for epoch in range(4)),
+        *(("finetune", epoch) for epoch in range(2)),
+    ]
+    assert len(list((job[0]["folder"] / "tensorboard" / "search").iterdir())) == 1
+
+
+def test_a_changed_logit_is_noticed_everywhere(job):
+    for found in job:
+        assert found["tampered"].startswith(
+            f"processes disagree after the pruning event of step 2: expected the same mlp1 everywhere, got others in "
+            f"process {len(job) - 1} than in process 0"
+        )
+
+
+def test_shares_are_disjoint_and_complete(job):
+    for name, images in {"loader": 21, "iterable": 7, "twice": 7}.items():
+        batches = [share for found in job for share in found["shares"][name]]
+        assert sorted(image for share in batches for image in share) == list(range(images))
+    assert [found["shares"]["loader"][0] for found in job] != [[0]] * len(job)  # shuffled
+    assert max(len(share) for found in job for share in found["shares"]["loader"]) == 4 // len(job)
+    assert [found["shares"]["iterable"] for found in job[:2]] == [
+        [list(range(0, 6, len(job))), [6]],
+        [list(range(1, 6, len(job)))],
+    ]
+    for found in job:
+        expected = len(job) ** 2
+        assert found["uneven"].startswith(f"batch_size: expected a multiple of {expected} ({len(job)} processes × ")
+
+
+def test_errors_and_results_of_the_first_process_are_everyones(job):
+    for found in job:
+        assert found["on main"][0] == 0
+        assert "invalid literal for int()" in found["on main"][1]
+
+
+def test_killed_job_carries_on(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "tests.jobs", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert job.returncode == 0, job.stderr
+    assert "Signal 9 (SIGKILL)" in job.stderr or "exitcode: -9" in job.stderr
+    assert job.stdout.count("search 1/3") == 2 and job.stdout.count("search 3/3") == 2  # one process speaks
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for file in ("metrics.jsonl", "importance.json", "export/model.safetensors", "export/config.json"):
+        assert (killed / file).read_bytes() == (straight / file).read_bytes(), file
+    assert load_checkpoint(killed / "checkpoints" / "search.pt")["epoch"] == 3
+    names = {path.name for path in killed.rglob("*")}
+    assert not [name for name in names if name.startswith(".")], "nothing half written is left"
+
+
+def test_a_job_that_may_restart_needs_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert main(RUN.split()) == 2
+    torch.distributed.destroy_process_group()
+    assert "output: expected a folder where a job that restarts finds its run again" in capsys.readouterr().err
+
+
+def test_without_a_job_nothing_is_exchanged():
+    with process_group():
+        assert not in_job() and rank() == 0 and on_main(max, 1, 2) == 2
+    check_alike({"anything": [torch.zeros(2)]}, "ever")
+    assert len(loaders()[0]) == 4
