@@ -9,7 +9,16 @@ from ofb.supernet.cost import readable
 
 CONFIG_FILE, FIGURES_FILE = "config.yaml", "figures.json"  # of a run folder
 # Options of a run that its card tells. Names of folders and files stay private.
-TOLD = ("model", "pretrained", "data", "target", "targets", "epochs", "finetune_epochs", "opt", "batch_size", "seed")
+TOLD = ("model", "data", "epochs", "finetune_epochs", "opt", "batch_size", "seed")
+FRONT_MATTER = """---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- ofb
+- pruning
+---"""
 CITATION = """@inproceedings{ye2024once,
   title     = {Once for Both: Single Stage of Importance and Sparsity Search for Vision Transformer Compression},
   author    = {Ye, Hancheng and Yu, Chong and Ye, Peng and Xia, Renqiu and Tang, Yansong and Lu, Jiwen and Chen, Tao
@@ -30,7 +39,7 @@ def model_card(folder: str | Path, repository: str) -> str:
     config = json.loads((folder / ARCHITECTURE).read_text())
     options, figures = _run(folder)
     parts = (
-        _front_matter(config),
+        FRONT_MATTER,
         f"# {repository.rpartition('/')[2]}",
         _summary(options),
         _figures_table(config, figures),
@@ -55,14 +64,6 @@ def _run(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         this = next((name for name in (folder.name, "compressed", "dense") if name in found), None)
         figures = {"dense": found.get("dense", {}), "this": found.get(this, {})}
     return options, figures
-
-
-def _front_matter(config: dict[str, Any]) -> str:
-    facts = ["library_name: timm", "pipeline_tag: image-classification", "tags:"]
-    facts += [f"- {tag}" for tag in ("image-classification", "timm", "ofb", "pruning")]
-    if license := config["pretrained_cfg"].get("license"):
-        facts.append(f"license: {license}")
-    return "\n".join(["---", *facts, "---"])
 
 
 def _summary(options: dict[str, Any]) -> str:

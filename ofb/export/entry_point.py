@@ -18,8 +18,9 @@ from ofb.supernet.families.tokens import kept_patches
 
 NAME = "ofb_network"
 CLASSIFIERS = ("head", "head.fc", "head_dist")
+SOURCE = ("source", "file", "hf_hub_id")  # where timm finds the weights
 # What a saved network keeps of its pretrained_cfg; the rest is about the weights that it came from.
-KEPT = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license", "label_names", "label_descriptions")
+KEPT = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names", "label_descriptions")
 
 
 @register_model
@@ -48,12 +49,13 @@ def ofb_network(
             'wrote: timm.create_model("local-dir:FOLDER", pretrained=True)'
         )
     described = on_meta(network)
-    cfg = dict(pretrained_cfg or weights_cfg(described, {}))
+    given = pretrained_cfg or {}
+    cfg = weights_cfg(described, given) | {key: given[key] for key in SOURCE if key in given}
     if pretrained and cfg.get("source") == "local-dir":
         # Named as a file: timm before 1.0.24 finds no safetensors in a folder.
         weights = Path(cfg["file"]) / WEIGHTS
         check_weights(described, weights)
-        cfg |= {"source": "", "file": str(weights), "custom_load": False}
+        cfg |= {"source": "", "file": str(weights)}
     model = build_model_with_cfg(
         _build,
         NAME,

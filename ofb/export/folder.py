@@ -31,11 +31,12 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: no family of this package knows the model.
     """
+    network = describe(model)
     config = {
         "architecture": NAME,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "model_args": {"network": describe(model)},
+        "model_args": {"network": network},
         "pretrained_cfg": weights_cfg(model, (getattr(model, "pretrained_cfg", None) or {}) | data_config(model)),
         "macs": count_macs(model),
         "params": count_params(model),
@@ -56,7 +57,9 @@ def load(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     for name in (ARCHITECTURE, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"folder: expected {WEIGHTS} and {ARCHITECTURE} in {folder}, found no {name}")
+            inside = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{ARCHITECTURE}")))
+            hint = f"; there are networks in {inside}" if inside else ""
+            raise FileNotFoundError(f"folder: expected {WEIGHTS} and {ARCHITECTURE} in {folder}, found no {name}{hint}")
     try:
         network, known = _read(json.loads((folder / ARCHITECTURE).read_text()))
         described = on_meta(network)

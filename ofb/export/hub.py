@@ -4,10 +4,11 @@ from pathlib import Path
 
 from ofb.export.card import model_card
 from ofb.export.folder import ARCHITECTURE
+from ofb.export.programs import ONNX_FILE, PROGRAM_FILE
 from ofb.export.sizes import WEIGHTS
 
 CARD = "README.md"
-FILES = (ARCHITECTURE, WEIGHTS, "model.onnx", "model.pt2")
+FILES = (ARCHITECTURE, WEIGHTS, ONNX_FILE, PROGRAM_FILE)
 
 
 def push_to_hub(folder: str | Path, repository: str, private: bool = False) -> str:

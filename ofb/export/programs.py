@@ -4,9 +4,11 @@ Each file is read back and compared with the network before it takes its place.
 """
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from ofb.engine.checkpoint import write_atomically
 from ofb.engine.data import data_config
 from ofb.export.sizes import count_params
 
+ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"  # beside the network
 LARGEST_BATCH = 2**20
 TOLERANCE = 1e-4  # of logits, relative where they are greater than 1
 CHECKED_BATCHES = (1, 3)
@@ -35,11 +38,11 @@ def export_onnx(model: nn.Module, path: str | Path) -> float:
         ModuleNotFoundError: the package's extra [export] is not installed.
         ValueError: the model is too large for a file of ONNX, or onnxruntime computes something else.
     """
-    import onnxruntime
-
+    onnxruntime = _import_onnxruntime()
     if count_params(model) * next(model.parameters()).element_size() >= ONNX_LIMIT:
         raise ValueError("onnx: expected weights below 2 GiB, the most that a file holds; export a program instead")
-    with _in_eval(model):
+    with _in_eval(model), warnings.catch_warnings():  # of what torch does to itself
+        warnings.simplefilter("ignore", FutureWarning)
         exported = torch.onnx.export(
             model,
             (_images(model, 2),),
@@ -79,9 +82,22 @@ def export_program(model: nn.Module, path: str | Path) -> float:
             node.meta.pop("stack_trace", None)  # names this machine's folders
         data = io.BytesIO()
         torch.export.save(program, data)
-        difference = _difference(model, torch.export.load(io.BytesIO(data.getvalue())).module())
+        with warnings.catch_warnings():  # of tensors that lie in a read-only buffer, which nobody writes to
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            difference = _difference(model, torch.export.load(io.BytesIO(data.getvalue())).module())
     write_atomically(path, lambda file: file.write(data.getbuffer()))
     return difference
+
+
+def _import_onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch.onnx needs it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}: ONNX needs the extra [export]: pip install 'ofb-kernels[export]'", name=error.name
+        ) from error
+    return onnxruntime
 
 
 @torch.no_grad()
