@@ -4,7 +4,7 @@ from ofb.engine.config import EvaluateConfig, ExportConfig, SearchConfig, TrainC
 from ofb.engine.distributed import process_group
 from ofb.engine.search import search, search_targets
 from ofb.engine.train import evaluate, train
-from ofb.export import export_onnx, load, save
+from ofb.export import export_onnx, export_program, load, push_to_hub, save
 from ofb.hugging_face import from_transformers, to_transformers
 from ofb.supernet import LatencyTable, SearchSpace, Supernet, adaptive_one_hot_loss, measure_latency
 from ofb.supernet.families import Support, supports
@@ -21,10 +21,12 @@ __all__ = [
     "adaptive_one_hot_loss",
     "evaluate",
     "export_onnx",
+    "export_program",
     "from_transformers",
     "load",
     "measure_latency",
     "process_group",
+    "push_to_hub",
     "save",
     "search",
     "search_targets",

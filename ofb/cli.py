@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -33,11 +34,13 @@ from ofb.engine.distributed import is_main, may_restart, on_main, process_group,
 from ofb.engine.presets import preset
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
+from ofb.export import CONFIG_FILE, FIGURES_FILE, ONNX_FILE, PROGRAM_FILE
 from ofb.profile import profile, profile_table
 from ofb.report import comparison_table, figures
 
 UNWELL, USER_ERROR, INTERRUPTED = 1, 2, 130
-CONFIG_FILE, EXPORT_FOLDER = "config.yaml", "export"
+EXPORT_FOLDER = "export"
+EXPORTS = {"onnx": (ofb.export_onnx, ONNX_FILE), "program": (ofb.export_program, PROGRAM_FILE)}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -115,7 +118,9 @@ def run_train(config: TrainConfig) -> None:
         teacher = _teacher(config, model, None)
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
-        print(f"test  {_shown(ofb.evaluate(model, loaders.test, config))}")
+        metrics = ofb.evaluate(model, loaders.test, config)
+        _write_figures(config, {"dense": metrics})
+        print(f"test  {_shown(metrics)}")
     _tell_skipped(loaders)
     print(f"run folder: {config.output}")
 
@@ -135,7 +140,9 @@ def run_search(config: SearchConfig) -> None:
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
-    print(f"\n{comparison_table(on_main(figures, networks, top1))}\n")
+        compared = on_main(figures, networks, top1)
+        _write_figures(config, compared)
+    print(f"\n{comparison_table(compared)}\n")
     _tell_skipped(loaders)
     print(f"run folder: {config.output}")
 
@@ -148,10 +155,12 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    folder = _network_folder(config.checkpoint)
-    path = folder / "model.onnx" if config.onnx is None else Path(config.onnx)
-    ofb.export_onnx(ofb.load(folder), path)
-    print(path)
+    folder, (write, name) = _network_folder(config.checkpoint), EXPORTS[config.format]
+    path = Path(config.output or folder / name)
+    difference = write(ofb.load(folder), path)
+    print(f"{path}  logits within {difference:.1g} of the network's")
+    if config.push_to_hub is not None:
+        print(ofb.push_to_hub(folder, config.push_to_hub, config.hub_private))
 
 
 def run_profile(config: ProfileConfig) -> None:
@@ -220,6 +229,11 @@ def _run(command: str, config: TrainingConfig) -> Iterator[None]:
 
 def _has_begun(config: TrainingConfig) -> bool:
     return config.output is not None and (Path(config.output) / CONFIG_FILE).is_file()
+
+
+def _write_figures(config: TrainingConfig, networks: Mapping[str, Mapping[str, float]]) -> None:
+    """Each network's figures on the test images, in the run folder."""
+    write_text(Path(config.output) / FIGURES_FILE, json.dumps(networks, indent=2) + "\n")
 
 
 def _started_with(config: TrainingConfig) -> TrainingConfig:

@@ -13,7 +13,7 @@ import yaml
 import ofb
 from ofb.cli import COMMANDS, main, parse
 from ofb.engine.config import SearchConfig, from_dict
-from ofb.export import count_params
+from ofb.export import count_params, model_card
 from ofb.supernet.families import count_macs
 from tests.test_train import assert_same_weights
 
@@ -40,7 +40,9 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert "satisfiable: yes" in shown and "top-1 %" in shown and f"run folder: {folder}" in shown
     assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("dense")
     found = {path.name for path in folder.iterdir()}
-    assert found == {"config.yaml", "checkpoints", "metrics.jsonl", "importance.json", "tensorboard", "export"}
+    assert found == {
+        "config.yaml", "checkpoints", "metrics.jsonl", "importance.json", "tensorboard", "figures.json", "export",
+    }  # fmt: skip
     share = count_macs(ofb.load(folder / "export")) / count_macs(ofb.load(f"{dense_run}/export"))
     assert 0.588 <= share <= 0.6
 
@@ -50,8 +52,12 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert run("evaluate", str(folder / "export"), "--split", "val") == 0
     assert capsys.readouterr().out.startswith("val  top-1 ")
 
-    assert run("export", str(folder), "--onnx", str(tmp_path / "model.onnx")) == 0
+    assert run("export", str(folder), "--output", str(tmp_path / "model.onnx")) == 0
     assert (tmp_path / "model.onnx").stat().st_size > 1000
+    assert run("export", str(folder), "--format", "program") == 0
+    path = folder / "export" / "model.pt2"
+    assert path.exists() and f"{path}  logits within " in capsys.readouterr().out
+    assert "| top-1 on the test images |" in model_card(folder / "export", "me/small")
 
 
 def test_wished_sizes(dense_run, tmp_path, capsys):

@@ -436,13 +436,24 @@ class CompletionConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """Write a saved network as ONNX."""
+    """Write a saved network as one file that runs elsewhere, and put it on the Hugging Face hub."""
 
     checkpoint: str
     """A run folder, or its export folder."""
 
-    onnx: str | None = None
-    """File to write; model.onnx beside the network if not given."""
+    format: Literal["onnx", "program"] = "onnx"
+    """ONNX, or a torch.export program, which torch alone runs. Either takes any batch size, and is compared with the
+    network before it is written."""
+
+    output: str | None = None
+    """File to write; model.onnx or model.pt2 beside the network if not given."""
+
+    push_to_hub: str | None = None
+    """Repository USER/NAME on the Hugging Face hub to put the network into, with the files beside it and a model card
+    written from its run."""
+
+    hub_private: bool = False
+    """A new repository is for its owner alone."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def _width_couplings(model: SwinTransformer, s: int) -> Iterator[Coupling]:
 
 def _obstacles(model: SwinTransformer) -> vit_checks.Obstacles:
     """Everything that the search cannot handle."""
-    yield model.dynamic_img_size, "dynamic_img_size is not supported; give a fixed img_size"
+    yield getattr(model, "dynamic_img_size", False), "dynamic_img_size is not supported; give a fixed img_size"
     yield type(model.patch_embed) is not PatchEmbed, "expected timm's PatchEmbed"
     yield not isinstance(model.patch_embed.norm, nn.LayerNorm), "expected a LayerNorm in the patch embedding"
     yield len(set(model.patch_embed.patch_size)) > 1, "expected square patches"
