@@ -1,7 +1,8 @@
-"""`ofb search | train | evaluate | export`: the options are the dataclasses of ofb.engine.config."""
+"""`ofb search | train | evaluate | export | report`: the options are the dataclasses of ofb.engine.config."""
 
 import copy
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from ofb.engine.checkpoint import write_text
 from ofb.engine.config import (
     EvaluateConfig,
     ExportConfig,
+    ReportConfig,
     SearchConfig,
     TrainConfig,
     TrainingConfig,
@@ -26,10 +28,13 @@ from ofb.engine.data import create_loaders, create_model, create_teacher
 from ofb.engine.presets import preset
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
-from ofb.report import comparison_table, figures
+from ofb.export import count_params
+from ofb.report import comparison_table, figures, write_report
+from ofb.report.run import CONFIG_FILE, FIGURES_FILE
+from ofb.supernet.families import count_macs, sizes_of
 
 USER_ERROR, INTERRUPTED = 2, 130
-CONFIG_FILE, EXPORT_FOLDER = "config.yaml", "export"
+EXPORT_FOLDER = "export"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -96,7 +101,10 @@ def run_train(config: TrainConfig) -> None:
         teacher = _teacher(config, model, None)
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
-        print(f"test  {_shown(ofb.evaluate(model, loaders.test, config))}")
+        metrics = ofb.evaluate(model, loaders.test, config)
+        print(f"test  {_shown(metrics)}")
+        figures = {"macs": count_macs(model), "params": count_params(model)}
+        _write_figures(config, {"trained": model}, {"trained": metrics | figures})
     print(f"run folder: {config.output}")
 
 
@@ -114,8 +122,10 @@ def run_search(config: SearchConfig) -> None:
         for target, network in found.items():
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
-        top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
-    print(f"\n{comparison_table(figures(networks, top1))}\n\nrun folder: {config.output}")
+        metrics = {name: ofb.evaluate(network, loaders.test, config) for name, network in networks.items()}
+        compared = figures(networks, metrics)
+        _write_figures(config, networks, compared)
+    print(f"\n{comparison_table(compared)}\n\nreport: {write_report(config.output)}\nrun folder: {config.output}")
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -131,11 +141,16 @@ def run_export(config: ExportConfig) -> None:
     print(path)
 
 
+def run_report(config: ReportConfig) -> None:
+    print(write_report(config.run))
+
+
 COMMANDS = {
     "search": (run_search, SearchConfig),
     "train": (run_train, TrainConfig),
     "evaluate": (run_evaluate, EvaluateConfig),
     "export": (run_export, ExportConfig),
+    "report": (run_report, ReportConfig),
 }
 
 
@@ -160,6 +175,14 @@ def _run(command: str, config: TrainingConfig) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: ofb {command} --resume --output {config.output}") from None
+
+
+def _write_figures(
+    config: TrainingConfig, networks: Mapping[str, nn.Module], compared: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Keep the networks' figures and sizes in the run folder."""
+    kept = {name: {**compared[name], "sizes": sizes_of(network)} for name, network in networks.items()}
+    write_text(Path(config.output) / FIGURES_FILE, json.dumps(kept, indent=1) + "\n")
 
 
 def _started_with(config: TrainingConfig) -> TrainingConfig:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig
+from ofb.engine.history import History
 from ofb.engine.journal import Journal
+from ofb.engine.reconstruction import images_to_rebuild, record_reconstruction
 from ofb.engine.train import (
     Loader,
     Optimization,
@@ -26,7 +28,7 @@ from ofb.engine.train import (
     train,
 )
 from ofb.supernet import LatencyTable, Supernet, measure_latency
-from ofb.supernet.families import build, describe, family_of
+from ofb.supernet.families import build, describe, sizes_of
 from ofb.supernet.importance import leave_one_out, rank_correlation
 from ofb.supernet.targets import Limits, amounts, describe_amount
 
@@ -34,6 +36,7 @@ SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
 SCORE_BATCHES = 16  # to rank the units on before the first step
 LATENCY_FILE = "latency.json"
+FOUND_FILE = "found.json"
 IMPORTANCE_IMAGES = 256  # of the validation images, to leave units out on
 
 
@@ -136,6 +139,8 @@ def search_targets(
     for limits, model in zip(supernet.targets, found, strict=True):
         print(describe_costs(supernet, model, limits), flush=True)
     _report_importance(supernet, val_loader, config)
+    if config.output is not None:
+        write_text(Path(config.output) / FOUND_FILE, json.dumps(_found(supernet, targets, found), indent=1) + "\n")
     networks = {}
     for target, model in zip(targets, found, strict=True):
         if config.finetune_epochs:
@@ -152,7 +157,7 @@ def describe_reach(supernet: Supernet) -> str:
 
 def describe_costs(supernet: Supernet, found: nn.Module, limits: Limits) -> str:
     """What a found network costs, in each unit its target limits, and how much of the limit that is."""
-    sizes = {name: s.candidates.full for name, s in family_of(found).submodules(found).items()}
+    sizes = sizes_of(found)
     costs = {kind: supernet.costs[kind].total(sizes) for kind in limits}
     shown = (
         f"{describe_amount(kind, cost)} ({cost / limits[kind]:.1%} of the target){_measured_on(supernet, kind)}"
@@ -172,6 +177,16 @@ def describe_choices(supernet: Supernet) -> str:
         f"sizes: {sizes}\n{len(chosen)} of {len(supernet.choices)} were still open at the end and chosen to meet the "
         f"target (least probability {least:.2f})"
     )
+
+
+def _found(supernet: Supernet, targets: list[str], networks: list[nn.Module]) -> dict:
+    """The networks of a search, as `ofb report` reads them before they are fine-tuned."""
+    found = {}
+    for target, limits, network in zip(targets, supernet.targets, networks, strict=True):
+        sizes = sizes_of(network)
+        costs = {kind: cost.total(sizes) for kind, cost in supernet.costs.items()}
+        found[target] = {"sizes": {name: list(size) for name, size in sizes.items()}, "costs": costs, "limits": limits}
+    return {"networks": found, "choices": supernet.choices}
 
 
 def _latency_table(model: nn.Module, config: SearchConfig) -> LatencyTable:
@@ -247,10 +262,16 @@ def _search_sizes(
         if supernet.score_init == "taylor":
             _rank_scores(supernet, train_loader, config, device)
 
+    history = History(supernet)
+
     def stepped() -> None:
         supernet.step(optimization.optimizer)
+        history.stepped()
 
-    with Journal(config.output, "search", start) as journal:
+    with Journal(config, "search", start, history.status) as journal:
+        if state is None:
+            journal.record_history(-1, history)
+        pictured = images_to_rebuild(supernet, val_loader)
         for epoch in range(start, config.epochs):
             if supernet.finished:
                 break
@@ -262,7 +283,10 @@ def _search_sizes(
             figures |= {f"expected_{kind}": cost for kind, cost in supernet.expected_costs().items()}
             alive = supernet.alive_candidates()
             figures["alive"] = sum(alive.values())
-            journal.record(epoch, config.epochs, losses | figures | {"alive_candidates": alive})
+            journal.record(epoch, losses | figures | {"alive_candidates": alive})
+            journal.record_history(epoch, history)
+            if pictured is not None and not supernet.finished:
+                record_reconstruction(journal, supernet, pictured, epoch, config)
             if len(supernet.targets) * (epoch + 1) >= config.epochs * (len(found) + 1) and not supernet.finished:
                 found.append(supernet.extract())
                 supernet.next_target()
