@@ -3,8 +3,9 @@ from setuptools import find_packages, setup
 CLI = ["tyro>=0.9", "rich>=13", "tensorboard>=2.15", "matplotlib>=3.8", "scikit-learn>=1.3", "pyyaml>=6"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
 TRANSFORMERS = ["transformers>=5.9"]
+WANDB = ["wandb>=0.18"]
 BENCHMARK = ["torch-pruning>=1.6"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "selenium>=4.20"]
 
 setup(
     name="ofb-kernels",
@@ -13,7 +14,7 @@ setup(
     author="OFB Kernels authors",
     license="MIT",
     packages=find_packages(include=["ofb", "ofb.*", "ofb_kernels", "ofb_kernels.*"]),
-    package_data={"ofb_kernels": ["measured.json"]},
+    package_data={"ofb_kernels": ["measured.json"], "ofb.report": ["page.css"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -26,8 +27,9 @@ setup(
         "cli": CLI,
         "export": EXPORT,
         "transformers": TRANSFORMERS,
+        "wandb": WANDB,
         "benchmark": BENCHMARK,
-        "test": TEST + CLI + EXPORT + TRANSFORMERS + BENCHMARK,
+        "test": TEST + CLI + EXPORT + TRANSFORMERS + WANDB + BENCHMARK,
     },
     entry_points={"console_scripts": ["ofb = ofb.cli:main"]},
 )

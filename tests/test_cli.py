@@ -37,7 +37,9 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert "satisfiable: yes" in shown and "top-1 %" in shown and f"run folder: {folder}" in shown
     assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("dense")
     found = {path.name for path in folder.iterdir()}
-    assert found == {"config.yaml", "checkpoints", "metrics.jsonl", "importance.json", "tensorboard", "export"}
+    written = {"config.yaml", "checkpoints", "metrics.jsonl", "history.jsonl", "found.json", "importance.json"}
+    assert found == written | {"figures.json", "tensorboard", "export", "report"}
+    assert f"report: {folder}/report/index.html" in shown
     share = count_macs(ofb.load(folder / "export")) / count_macs(ofb.load(f"{dense_run}/export"))
     assert 0.588 <= share <= 0.6
 
@@ -122,7 +124,7 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fly", "command: expected one of search, train, evaluate, export, got 'fly'"),
+        ("fly", "command: expected one of search, train, evaluate, export, report, got 'fly'"),
         ("search --target 3%", "target: expected between"),
         ("search --target half", "target: expected MACs such as"),
         ("search --target 50% --freeze head", "freeze: expected a pattern of embed, attn0, mlp0, got 'head'"),
@@ -133,6 +135,7 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
         ("search --checkpoint no/such/network", "found no config.json"),
         ("evaluate no/such/network", "found no config.json"),
         ("export no/such/network", "found no config.json"),
+        ("report no/such/run", "run: expected a run folder with config.yaml or metrics.jsonl, got no/such/run"),
     ],
 )
 def test_mistakes_are_told_in_one_line(command, message, tmp_path, monkeypatch, capsys):
@@ -191,7 +194,7 @@ def test_damaged_network(dense_run, tmp_path, capsys):
 def test_usage(arguments, capsys):
     assert main(arguments) == (0 if arguments else 2)
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("search", "train", "evaluate", "export"))
+    assert all(command in shown for command in ("search", "train", "evaluate", "export", "report"))
 
 
 def test_interrupt_leaves_a_run_to_resume(tmp_path):

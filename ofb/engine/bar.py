@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -26,13 +26,14 @@ class StageBar(Progress):
 
     Args:
         stage: names the second bar.
+        console: where it is drawn; standard output if None.
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, console: Console | None = None) -> None:
         text = TextColumn("{task.description}", markup=False)
         columns = (text, BarColumn(24), MofNCompleteColumn(), Rate(), TimeRemainingColumn(elapsed_when_finished=True))
         self.lines: list[str] = []
-        super().__init__(*columns, transient=True, speed_estimate_period=SPEED_SECONDS)
+        super().__init__(*columns, console=console, transient=True, speed_estimate_period=SPEED_SECONDS)
         self.epoch = self.add_task("", visible=False)
         self.stage = self.add_task(stage, total=None, visible=False)
 
@@ -54,4 +55,4 @@ class StageBar(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        yield from (Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self.lines)
+        yield from (Text(line, style="dim") for line in self.lines)

@@ -67,19 +67,20 @@ class History:
     def __init__(self, supernet: Supernet) -> None:
         self.supernet = supernet
         self.pruned: list[dict[str, Any]] = []  # since the last entry
-        self.candidates = sum(bimask.alpha.numel() for bimask in supernet.bimasks.values())
+        self.latest: list[dict[str, Any]] = []  # at the last pruning event
         self._remember()
 
     def stepped(self) -> None:
         """Note what a pruning event did, after `supernet.step`. Where none was, the host reads nothing."""
         if self.supernet.revision == self.revision:
             return
-        before = self.left
+        before, self.latest = self.left, []
         self._remember()
         for name, (size, alive) in self.left.items():
             if (size, alive) != before[name]:
                 event = {"step": self.supernet.steps, "submodule": name, "from": list(before[name][0])}
-                self.pruned.append(event | {"to": list(size), "alive": alive})
+                self.latest.append(event | {"to": list(size), "alive": alive})
+        self.pruned += self.latest
 
     def looks(self) -> dict[str, Look]:
         """Every submodule as it stands."""
@@ -100,15 +101,15 @@ class History:
 
     def status(self) -> dict[str, str]:
         """What someone who watches wants to know beside the losses; read from the device."""
-        expected, target = self.supernet.expected_costs(), self.supernet.target
-        left = sum(alive for _, alive in self.left.values())
-        return {
-            **{
-                f"expected {kind}": f"{readable(expected[kind])} of {readable(limit)}" for kind, limit in target.items()
-            },
-            "alive": f"{left} of {self.candidates}",
-            "pruned": describe_pruned(self.pruned) or "nothing yet this epoch",
+        expected = self.supernet.expected_costs()
+        figures = {
+            f"expected {kind}": f"{readable(expected[kind])}, target {readable(limit)}"
+            for kind, limit in self.supernet.target.items()
         }
+        figures["candidates alive"] = str(sum(alive for _, alive in self.left.values()))
+        if self.latest:
+            figures[f"pruned at step {self.latest[0]['step']}"] = describe_pruned(self.latest)
+        return figures
 
     def _remember(self) -> None:
         bimasks = self.supernet.bimasks

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from ofb.engine.config import TrainingConfig, to_dict
 from ofb.engine.history import Look
@@ -103,7 +104,7 @@ class WeightsAndBiases:
             self._log(epoch, histograms)
 
     def picture(self, epoch: int, name: str, picture: Tensor) -> None:
-        self._log(epoch, {name: self.wandb.Image(picture)})
+        self._log(epoch, {name: self.wandb.Image(to_pil_image(picture))})
 
     def close(self) -> None:
         self.run.finish()

@@ -95,8 +95,9 @@ class Run:
             return "finished"
         if not self.metrics:
             return "no epoch is finished yet"
-        last = self.metrics[-1]
-        return f"not finished: {last['epoch'] + 1} epochs of stage {last['stage']} are done"
+        stage, done = self.metrics[-1]["stage"], self.metrics[-1]["epoch"] + 1
+        epochs = self.config.get("finetune_epochs" if stage.startswith("finetune") else "epochs", "?")
+        return f"{done} of {epochs} epochs of stage {stage} are done"
 
 
 def _full(submodule: Mapping[str, Any]) -> list[int]:

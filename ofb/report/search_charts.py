@@ -133,7 +133,7 @@ def _evolution_chart(run: Run) -> Chart:
     pruned = sum(len(entry["pruned"]) for entry in run.history)
     return Chart(
         "Largest size still possible",
-        f"{pruned} times a pruning event took candidates from one of the {len(names)} submodules.",
+        f"{len(names)} submodules; pruning took candidates from one of them {pruned} times.",
         marks,
         "epoch",
         "",

@@ -10,7 +10,7 @@ from ofb.report.run import Run
 from ofb.supernet.cost import readable
 
 ACCURACIES = {"top1": "top-1 %", "top5": "top-5 %"}
-FIGURES = ACCURACIES | {"macs": "MACs", "params": "parameters", "latency_ms": "latency, ms"}
+FIGURES = ACCURACIES | {"macs": "MACs", "params": "parameters", "latency_ms": "CPU latency, ms"}
 MOST_ROWS = 12  # of a table that is not folded
 
 
@@ -54,7 +54,7 @@ def sections(run: Run) -> list[Section]:
         Section(
             "networks",
             "Networks",
-            "Accuracy on the test images; costs of one image; latency on the CPU of the machine that ran this.",
+            "Accuracy on the test images; costs of one image; latency on the CPU of the machine it ran on.",
             tables=_networks(run),
         ),
         Section(

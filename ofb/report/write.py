@@ -3,10 +3,7 @@
 from pathlib import Path
 
 from ofb.engine.checkpoint import write_text
-from ofb.report.page import page
-from ofb.report.png import save
 from ofb.report.run import Run
-from ofb.report.sections import sections
 
 REPORT_FOLDER, PAGE_FILE = "report", "index.html"
 
@@ -22,7 +19,13 @@ def write_report(folder: str | Path) -> Path:
 
     Raises:
         ValueError: it is no run folder, or something in it was not written by this package.
+        ModuleNotFoundError: the package's extra [cli] is not installed.
     """
+    # matplotlib is an extra, and none of the other commands needs it.
+    from ofb.report.page import page
+    from ofb.report.png import save
+    from ofb.report.sections import sections
+
     run, report = Run.read(folder), Path(folder) / REPORT_FOLDER
     try:
         parts = sections(run)
