@@ -5,9 +5,10 @@ from setuptools import find_packages, setup
 CLI = ["tyro>=0.9", "rich>=13", "tensorboard>=2.15", "matplotlib>=3.8", "scikit-learn>=1.3", "pyyaml>=6"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
 TRANSFORMERS = ["transformers>=5.9"]
+WANDB = ["wandb>=0.18"]
 BENCHMARK = ["torch-pruning>=1.6"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "setuptools>=77"]
-TEST += ["webdataset>=0.2"]
+TEST += ["webdataset>=0.2", "selenium>=4.20"]
 
 setup(
     name="ofb-kernels",
@@ -24,7 +25,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["ofb", "ofb.*", "ofb_kernels", "ofb_kernels.*"]),
-    package_data={"ofb": ["py.typed"], "ofb_kernels": ["measured.json", "py.typed"]},
+    package_data={"ofb": ["py.typed"], "ofb.report": ["page.css"], "ofb_kernels": ["measured.json", "py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -37,8 +38,9 @@ setup(
         "cli": CLI,
         "export": EXPORT,
         "transformers": TRANSFORMERS,
+        "wandb": WANDB,
         "benchmark": BENCHMARK,
-        "test": TEST + CLI + EXPORT + TRANSFORMERS + BENCHMARK,
+        "test": TEST + CLI + EXPORT + TRANSFORMERS + WANDB + BENCHMARK,
     },
     entry_points={"console_scripts": ["ofb = ofb.cli:main"]},
 )

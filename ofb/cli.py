@@ -23,6 +23,7 @@ from ofb.engine.config import (
     EvaluateConfig,
     ExportConfig,
     ProfileConfig,
+    ReportConfig,
     SearchConfig,
     TrainConfig,
     TrainingConfig,
@@ -32,14 +33,15 @@ from ofb.engine.config import (
 from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
 from ofb.engine.distributed import is_main, may_restart, on_main, process_group, rank, was_restarted
 from ofb.engine.presets import preset
+from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
-from ofb.export import CONFIG_FILE, FIGURES_FILE, ONNX_FILE, PROGRAM_FILE
+from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
 from ofb.profile import profile, profile_table
-from ofb.report import comparison_table, figures
+from ofb.report import comparison_table, figures, write_report
+from ofb.supernet.families import count_macs, sizes_of
 
 UNWELL, USER_ERROR, INTERRUPTED = 1, 2, 130
-EXPORT_FOLDER = "export"
 EXPORTS = {"onnx": (ofb.export_onnx, ONNX_FILE), "program": (ofb.export_program, PROGRAM_FILE)}
 
 
@@ -119,8 +121,9 @@ def run_train(config: TrainConfig) -> None:
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
         metrics = ofb.evaluate(model, loaders.test, config)
-        _write_figures(config, {"dense": metrics})
         print(f"test  {_shown(metrics)}")
+        costs = {"macs": count_macs(model), "params": count_params(model)}
+        _write_figures(config, {"trained": model}, {"trained": metrics | costs})
     _tell_skipped(loaders)
     print(f"run folder: {config.output}")
 
@@ -139,12 +142,12 @@ def run_search(config: SearchConfig) -> None:
         for target, network in found.items():
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
-        top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
-        compared = on_main(figures, networks, top1)
-        _write_figures(config, compared)
+        metrics = {name: ofb.evaluate(network, loaders.test, config) for name, network in networks.items()}
+        compared = on_main(figures, networks, metrics)
+        _write_figures(config, networks, compared)
     print(f"\n{comparison_table(compared)}\n")
     _tell_skipped(loaders)
-    print(f"run folder: {config.output}")
+    print(f"report: {on_main(write_report, config.output)}\nrun folder: {config.output}")
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -191,11 +194,16 @@ def run_completion(config: CompletionConfig) -> None:
     tyro.cli(Union[tuple(commands)], args=["--tyro-print-completion", config.shell], prog="ofb")  # noqa: UP007
 
 
+def run_report(config: ReportConfig) -> None:
+    print(write_report(config.run))
+
+
 COMMANDS = {
     "search": (run_search, SearchConfig),
     "train": (run_train, TrainConfig),
     "evaluate": (run_evaluate, EvaluateConfig),
     "export": (run_export, ExportConfig),
+    "report": (run_report, ReportConfig),
     "profile": (run_profile, ProfileConfig),
     "doctor": (run_doctor, DoctorConfig),
     "completion": (run_completion, CompletionConfig),
@@ -231,9 +239,12 @@ def _has_begun(config: TrainingConfig) -> bool:
     return config.output is not None and (Path(config.output) / CONFIG_FILE).is_file()
 
 
-def _write_figures(config: TrainingConfig, networks: Mapping[str, Mapping[str, float]]) -> None:
-    """Each network's figures on the test images, in the run folder."""
-    write_text(Path(config.output) / FIGURES_FILE, json.dumps(networks, indent=2) + "\n")
+def _write_figures(
+    config: TrainingConfig, networks: Mapping[str, nn.Module], compared: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Keep the networks' figures and sizes in the run folder."""
+    kept = {name: {**compared[name], "sizes": sizes_of(network)} for name, network in networks.items()}
+    write_text(Path(config.output) / FIGURES_FILE, json.dumps(kept, indent=1) + "\n")
 
 
 def _started_with(config: TrainingConfig) -> TrainingConfig:

@@ -40,9 +40,9 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert "satisfiable: yes" in shown and "top-1 %" in shown and f"run folder: {folder}" in shown
     assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("dense")
     found = {path.name for path in folder.iterdir()}
-    assert found == {
-        "config.yaml", "checkpoints", "metrics.jsonl", "importance.json", "tensorboard", "figures.json", "export",
-    }  # fmt: skip
+    written = {"config.yaml", "checkpoints", "metrics.jsonl", "history.jsonl", "found.json", "importance.json"}
+    assert found == written | {"figures.json", "tensorboard", "export", "report"}
+    assert f"report: {folder}/report/index.html" in shown
     share = count_macs(ofb.load(folder / "export")) / count_macs(ofb.load(f"{dense_run}/export"))
     assert 0.588 <= share <= 0.6
 
@@ -131,7 +131,7 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fly", "command: expected one of search, train, evaluate, export, profile, doctor, completion, got 'fly'"),
+        ("fly", "command: expected one of search, train, evaluate, export, report, profile, doctor, completion, got"),
         ("search --target 3%", "target: expected between"),
         ("search --target half", "target: expected MACs such as"),
         ("search --target 50% --freeze head", "freeze: expected a pattern of embed, attn0, mlp0, got 'head'"),
@@ -142,6 +142,7 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
         ("search --checkpoint no/such/network", "found no config.json"),
         ("evaluate no/such/network", "found no config.json"),
         ("export no/such/network", "found no config.json"),
+        ("report no/such/run", "run: expected a run folder with config.yaml or metrics.jsonl, got no/such/run"),
     ],
 )
 def test_mistakes_are_told_in_one_line(command, message, tmp_path, monkeypatch, capsys):
@@ -200,7 +201,7 @@ def test_options_from_a_file(dense_run, tmp_path, capsys):
     path, folder = tmp_path / "search.yaml", tmp_path / "run"
     lines = ["lr: 1e-3", "epochs: 5", "finetune-epochs: 1", "batch_size: 128", "amp: false", "freeze: [attn0]"]
     lines += [f"checkpoint: {dense_run}", "target: 60%", "device: cpu", "architecture_lr: 0.3", "output: elsewhere"]
-    path.write_text("\n".join([*lines, "onnx: of another command"]))
+    path.write_text("\n".join([*lines, "split: val"]))
     assert run("search --epochs 2", "--config", str(path), "--output", str(folder)) == 0
     assert "search 1/2" in capsys.readouterr().out
     config = from_dict(SearchConfig, yaml.safe_load((folder / "config.yaml").read_text()))

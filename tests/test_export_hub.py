@@ -10,7 +10,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 import ofb
-from ofb.export import CONFIG_FILE, FIGURES_FILE, model_card
+from ofb.engine.run_folder import CONFIG_FILE, FIGURES_FILE
+from ofb.export import model_card
 from ofb.supernet.cost import readable
 from ofb.supernet.families import count_macs
 from tests.common import tiny_swin, tiny_vit

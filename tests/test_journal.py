@@ -1,17 +1,32 @@
-"""The journal: one line an epoch, and a resumed stage replaces what was lost."""
+"""The journal: one line an epoch, a resumed stage replaces what was lost, and whoever watches is told."""
 
+import io
 import json
+import sys
 
+import pytest
+import torch
+from rich.console import Console
+
+import ofb
+from ofb.engine.bar import StageBar
+from ofb.engine.config import TrainConfig
+from ofb.engine.history import History
 from ofb.engine.journal import Journal
+from tests.common import tiny_vit
 
 
-def entries(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def config(folder, **options) -> TrainConfig:
+    return TrainConfig(output=None if folder is None else str(folder), device="cpu", **options)
+
+
+def entries(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def test_entries_and_lines(tmp_path, capsys):
-    with Journal(tmp_path, "search") as journal:
-        journal.record(0, 2, {"loss": 1.23456, "expected_macs": 3.84e6, "alive_candidates": {"embed": 2}})
+    with Journal(config(tmp_path, epochs=2), "search") as journal:
+        journal.record(0, {"loss": 1.23456, "expected_macs": 3.84e6, "alive_candidates": {"embed": 2}})
     assert capsys.readouterr().out == "search 1/2  loss 1.235  expected_macs 3.84M\n"
     assert entries(tmp_path) == [
         {"stage": "search", "epoch": 0, "loss": 1.23456, "expected_macs": 3.84e6, "alive_candidates": {"embed": 2}}
@@ -19,22 +34,123 @@ def test_entries_and_lines(tmp_path, capsys):
 
 
 def test_a_resumed_stage_replaces_its_lost_epochs_alone(tmp_path):
-    with Journal(tmp_path, "search") as journal:
-        journal.record(0, 1, {"loss": 1})
-    with Journal(tmp_path, "finetune") as journal:
+    with Journal(config(tmp_path), "search") as journal:
+        journal.record(0, {"loss": 1})
+    with Journal(config(tmp_path), "finetune") as journal:
         for epoch in range(3):
-            journal.record(epoch, 4, {"loss": epoch})
-    with Journal(tmp_path, "finetune", start_epoch=2) as journal:
-        journal.record(2, 4, {"loss": 20})
+            journal.record(epoch, {"loss": epoch})
+    with Journal(config(tmp_path), "finetune", start_epoch=2) as journal:
+        journal.record(2, {"loss": 20})
     found = [(entry["stage"], entry["epoch"], entry["loss"]) for entry in entries(tmp_path)]
     assert found == [("search", 0, 1), ("finetune", 0, 0), ("finetune", 1, 1), ("finetune", 2, 20)]
 
 
+def test_history_has_each_epoch_once(tmp_path):
+    """Epoch -1 is the state before the first one: a stage that starts anew, none being saved yet, replaces it."""
+    history = History(ofb.Supernet(tiny_vit(), epochs=4, steps_per_epoch=2))
+    for start, epochs in ((0, (-1, 0)), (0, (-1, 0, 1)), (1, (1, 2))):
+        with Journal(config(tmp_path), "search", start) as journal:
+            for epoch in epochs:
+                journal.record_history(epoch, history)
+    assert [entry["epoch"] for entry in entries(tmp_path, "history.jsonl")] == [-1, 0, 1, 2]
+
+
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Journal(None, "train") as journal:
-        journal.record(0, 1, {"loss": 1})
-        with journal.progress([1, 2], 2, "1/1") as (batches, note):
-            note({"loss": 0.5})
-            assert list(batches) == [1, 2]
+    with Journal(config(None), "train") as journal:
+        journal.record(0, {"loss": 1})
+        journal.record_history(0, History(ofb.Supernet(tiny_vit(), epochs=1, steps_per_epoch=2)))
+        batches, note = journal.progress([1, 2], 2, "1/1")
+        note({"loss": 0.5})
+        assert list(batches) == [1, 2]
     assert list(tmp_path.iterdir()) == []
+
+
+def screen(width: int = 120) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+
+
+def test_bar_shows_rate_time_left_losses_and_status(monkeypatch):
+    console = screen()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("ofb.engine.bar.StageBar", lambda stage: StageBar(stage, console))
+    status = {"expected macs": "3.1 M, target 2.3 M", "candidates alive": "40", "pruned at step 7": "mlp0 384 → 288"}
+    with Journal(config(None, epochs=3), "search", 1, lambda: status) as journal:
+        batches, note = journal.progress(range(4), 4, "2/3")
+        assert list(batches) == [0, 1, 2, 3]
+        note({"loss": 0.5, "one_hot": 2.25})
+        journal.bar.refresh()
+        shown = console.file.getvalue()
+    for words in ("search 2/3", "4/4", "8/12", "steps/s", "loss 0.5  one_hot 2.25", *status, *status.values()):
+        assert words in shown, words
+
+
+def test_bar_without_a_first_step_knows_no_rate():
+    console = screen()
+    with StageBar("train", console) as bar:
+        bar.start_epoch("train 1/2", 10, 0, 2)
+        bar.refresh()
+    assert "0/20" in console.file.getvalue() and "steps/s" not in console.file.getvalue()
+
+
+def test_tensorboard_gets_scalars_histograms_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, IMAGES, EventAccumulator
+
+    supernet = ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=2)
+    history = History(supernet)
+    for start in (0, 1):  # the second one resumes, its first epoch is lost
+        with Journal(config(tmp_path), "search", start) as journal:
+            for epoch in range(start, 2):
+                journal.record(epoch, {"loss": 1.0 + start})
+                journal.record_history(epoch, history)
+                journal.record_picture(epoch, "reconstruction", torch.rand(3, 8, 8))
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "search"), {HISTOGRAMS: 0, IMAGES: 0}).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(0, 1.0), (1, 2.0)]
+    assert [event.step for event in found.Images("reconstruction")] == [0, 1]
+    for name, bimask in supernet.bimasks.items():
+        importance = found.Histograms(f"importance/{name}")[-1].histogram_value
+        assert importance.num == bimask.score.numel()
+        assert importance.max == pytest.approx(bimask.score.sigmoid().max().item(), abs=1e-6)
+        probability = found.Histograms(f"probability/{name}")[-1].histogram_value
+        assert sum(probability.bucket) == pytest.approx(1, abs=1e-5)
+        assert probability.bucket_limit[-1] == bimask.candidates.units
+
+
+def test_weights_and_biases_keeps_one_run(tmp_path, monkeypatch):
+    """Offline, where it writes what it would send."""
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    from torchvision.io import decode_image
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    history = History(ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=2))
+    for stage in ("search", "finetune"):
+        with Journal(config(tmp_path, log_wandb=True), stage) as journal:
+            journal.record(0, {"loss": 1.5})
+            journal.record_history(0, history)
+            journal.record_picture(0, "reconstruction", torch.linspace(0, 1, 192).view(3, 8, 8))
+    run_id = (tmp_path / "wandb" / "run-id").read_text()
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * len(files) and files
+    sent = b"".join(file.read_bytes() for file in files)
+    assert all(key in sent for key in (b"search/loss", b"finetune/loss", b"search/probability/mlp0"))
+    pictures = [decode_image(str(path)) for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.png")]
+    assert pictures and all(picture.min() == 0 and picture.max() == 255 for picture in pictures)
+
+
+def test_weights_and_biases_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("ofb.engine.config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="log_wandb: expected Weights & Biases, .* not installed; pip install wandb"):
+        config(None, log_wandb=True)
+
+
+def test_weights_and_biases_that_does_not_start(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+
+    def init(**_):
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ValueError, match="log_wandb: .* does not start: no API key; run `wandb login`"):
+        Journal(config(tmp_path, log_wandb=True), "train")

@@ -20,7 +20,8 @@ def test_table():
 
 def test_figures_of_networks():
     networks = {"large": tiny_vit(depth=3), "small": tiny_vit(depth=1)}
-    found = figures(networks, {"large": 2.0, "small": 1.0})
+    found = figures(networks, {"large": {"top1": 2.0, "top5": 9.0}, "small": {"top1": 1.0, "top5": 9.0}})
+    assert found["large"]["top1"] == 2.0 and found["small"]["top5"] == 9.0
     for name, network in networks.items():
         assert found[name]["macs"] == count_macs(network)
         assert found[name]["params"] == count_params(network)

@@ -64,8 +64,9 @@ def test_resumed_equals_uninterrupted(loaders, tmp_path, monkeypatch, stage, mod
     resumed = ofb.search(other, *loaders, config)
     assert_same_weights(resumed, straight)
     assert other.choices == supernet.choices
-    metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("straight", "resumed")]
-    assert metrics[0] == metrics[1]
+    for name in ("metrics.jsonl", "history.jsonl", "found.json"):
+        straight_file, resumed_file = ((tmp_path / run / name).read_text() for run in ("straight", "resumed"))
+        assert straight_file == resumed_file
 
 
 def test_search_without_a_run_folder_or_fine_tuning(loaders):

@@ -186,7 +186,7 @@ def _importance_stage(task: Task, epochs: int) -> Supernet:
     optimization = Optimization(optimizer, loss_of, shortened, 0.2 * epochs, steps, device)
     for epoch in range(epochs):
         seed_everything(task.job.seed, "importance", epoch)
-        run_epoch(task.loaders.train, optimization, supernet.step, Journal(None, "importance"), str(epoch))
+        run_epoch(task.loaders.train, optimization, supernet.step, Journal(shortened, "importance"), str(epoch))
     return supernet
 
 

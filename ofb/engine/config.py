@@ -7,6 +7,7 @@ CVPR 2024, section 4.1) is a preset. Names are timm's where timm has the option.
 import ast
 import difflib
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 from timm.optim import list_optimizers
@@ -102,6 +103,12 @@ class TrainingConfig(RunConfig, DataConfig):
     resume: bool = False
     """Continue the run in --output, with the options it was started with."""
 
+    log_wandb: bool = False
+    """Log to Weights & Biases as well, where it is installed; WANDB_MODE=offline keeps it on this machine."""
+
+    wandb_project: str = "ofb"
+    """Weights & Biases project of --log-wandb."""
+
     epochs: int = 100
     """Length of the training."""
 
@@ -183,6 +190,8 @@ class TrainingConfig(RunConfig, DataConfig):
             raise ValueError(
                 f"grad_accum_steps: expected a divisor of batch_size {self.batch_size}, got {self.grad_accum_steps}"
             )
+        if self.log_wandb and find_spec("wandb") is None:
+            raise ValueError("log_wandb: expected Weights & Biases, which is not installed; pip install wandb")
         if self.resume and self.output is None:
             raise ValueError("resume: expected the run folder as well; add --output FOLDER")
         self.criterion()
@@ -454,6 +463,14 @@ class ExportConfig:
 
     hub_private: bool = False
     """A new repository is for its owner alone."""
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Write what a run did as one page, RUN/report/index.html, and pictures beside it."""
+
+    run: str
+    """A run folder, finished or not."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

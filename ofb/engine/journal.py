@@ -1,82 +1,137 @@
-"""What a run tells of itself: a line an epoch, metrics.jsonl, TensorBoard, and a progress bar where someone watches."""
+"""What a run tells of itself: a line an epoch, its files, TensorBoard, and a progress bar where someone watches."""
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from ofb.engine.checkpoint import write_text
+from ofb.engine.config import TrainingConfig
 from ofb.engine.distributed import is_main
+from ofb.engine.history import History, describe_pruned
+from ofb.engine.run_folder import HISTORY_FILE, METRICS_FILE
+from ofb.engine.trackers import TensorBoard, WeightsAndBiases
 
 Item = TypeVar("Item")
 Note = Callable[[Mapping[str, float]], None]
+
+
+class Entries:
+    """A file of JSON lines, each an entry of a stage's epoch; on disk it is always whole.
+
+    Args:
+        path: the file; None to keep none.
+        stage: the stage that is written.
+        start_epoch: its entries from this epoch on are those of lost epochs, and dropped.
+    """
+
+    def __init__(self, path: Path | None, stage: str, start_epoch: int) -> None:
+        self.path, self.stage, self.all = path, stage, []
+        if path is not None and path.exists():
+            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            self.all = [each for each in entries if each["stage"] != stage or each["epoch"] < start_epoch]
+
+    def add(self, epoch: int, entry: Mapping[str, Any]) -> None:
+        if self.path is not None:
+            self.all.append({"stage": self.stage, "epoch": epoch, **entry})
+            write_text(self.path, "".join(json.dumps(each) + "\n" for each in self.all))
 
 
 class Journal:
     """Records one stage of a run, an entry an epoch.
 
     Args:
-        folder: run folder, None to write no files.
+        config: its run folder, None to write no files; its epochs; whether Weights & Biases is told.
         stage: "train", "search" or "finetune".
         start_epoch: the epoch the stage starts or resumes at; entries of a lost later epoch are dropped.
+        status: gives figures to show below the bar beside the losses; called now and then while someone watches.
+
+    Raises:
+        ValueError: Weights & Biases does not start.
     """
 
-    def __init__(self, folder: str | Path | None, stage: str, start_epoch: int = 0) -> None:
-        self.stage = stage
-        self.path = None if folder is None or not is_main() else Path(folder) / "metrics.jsonl"
-        self.entries = []
-        self.tensorboard = None
-        if self.path is None:
-            return
-        if self.path.exists():
-            entries = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.entries = [e for e in entries if e["stage"] != stage or e["epoch"] < start_epoch]
-        if find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        config: TrainingConfig,
+        stage: str,
+        start_epoch: int = 0,
+        status: Callable[[], Mapping[str, object]] = dict,
+    ) -> None:
+        self.stage, self.epochs, self.epoch, self.status = stage, config.epochs, start_epoch, status
+        folder = Path(config.output) if config.output is not None and is_main() else None
+        self.metrics = Entries(folder and folder / METRICS_FILE, stage, start_epoch)
+        # The state before the first epoch counts as epoch -1: a stage that starts anew replaces it as well.
+        self.history = Entries(folder and folder / HISTORY_FILE, stage, start_epoch or -1)
+        self.trackers: list[TensorBoard | WeightsAndBiases] = []
+        if folder is not None and find_spec("tensorboard") is not None:
+            self.trackers.append(TensorBoard(folder, stage, start_epoch))
+        if config.log_wandb and is_main():
+            others = sum(entry["stage"] != stage for entry in self.metrics.all)
+            self.trackers.append(WeightsAndBiases(config, stage, others))
+        self.numbers: Mapping[str, float] = {}  # of the last epoch
+        self.bar = None
 
-            self.tensorboard = SummaryWriter(str(Path(folder) / "tensorboard" / stage), purge_step=start_epoch)
-
-    def record(self, epoch: int, epochs: int, metrics: dict[str, Any]) -> None:
+    def record(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Print and write the metrics of a finished epoch (counted from 0)."""
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        print(f"{self.stage} {epoch + 1}/{epochs}  {_line(numbers)}", flush=True)
-        if self.path is not None:
-            self.entries.append({"stage": self.stage, "epoch": epoch, **metrics})
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
-        if self.tensorboard is not None:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, epoch)
-            self.tensorboard.flush()
+        print(f"{self.stage} {epoch + 1}/{self.epochs}  {_line(numbers)}", flush=True)
+        self.metrics.add(epoch, metrics)
+        self.epoch, self.numbers = epoch + 1, numbers
+        for tracker in self.trackers:
+            tracker.numbers(epoch, numbers)
+
+    def record_history(self, epoch: int, history: History) -> None:
+        """Write how the supernet stands after an epoch, and what was pruned in it; epoch -1 is before the first."""
+        looks = history.looks()
+        entry = history.entry(looks)
+        if entry["pruned"]:
+            print(f"  pruned: {describe_pruned(entry['pruned'])}", flush=True)
+        self.history.add(epoch, entry)
+        for tracker in self.trackers if epoch >= 0 else ():
+            tracker.looks(epoch, looks)
+
+    def record_picture(self, epoch: int, name: str, picture: Tensor) -> None:
+        """Show a picture (C, H, W) with values in 0 to 1."""
+        for tracker in self.trackers:
+            tracker.picture(epoch, name, picture)
 
     def __enter__(self) -> "Journal":
+        if sys.stdout.isatty() and find_spec("rich") is not None:
+            from ofb.engine.bar import StageBar
+
+            self.bar = StageBar(self.stage)
+            self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        if self.bar is not None:
+            self.bar.stop()
+        for tracker in self.trackers:
+            tracker.close()
 
-    @contextmanager
-    def progress(self, batches: Iterable[Item], total: int, title: str) -> Iterator[tuple[Iterable[Item], Note]]:
-        """An epoch's batches under a bar, and a function that notes metrics beside it.
+    def progress(self, batches: Iterable[Item], total: int, title: str) -> tuple[Iterable[Item], Note]:
+        """An epoch's batches under a bar, and a function that shows losses below it.
 
         Silent where no terminal listens or rich is not installed.
         """
-        if not sys.stdout.isatty() or find_spec("rich") is None:
-            yield batches, lambda metrics: None
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        if self.bar is None:
+            return batches, lambda losses: None
+        self.bar.start_epoch(f"{self.stage} {title}", total, self.epoch, self.epochs)
+        self._show(self.numbers)
+        return self.bar.track_steps(batches), self._show
 
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[note]}"), transient=True) as bar:
-            task = bar.add_task(f"{self.stage} {title}", total=total, note="")
-            yield bar.track(batches, task_id=task), lambda metrics: bar.update(task, note=_line(metrics))
+    def _show(self, losses: Mapping[str, float]) -> None:
+        self.bar.show(_line(losses), _line(self.status()))
 
 
-def _line(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{key} {_short(value)}" for key, value in metrics.items())
+def _line(figures: Mapping[str, object]) -> str:
+    return "  ".join(
+        f"{key} {_short(value) if isinstance(value, float | int) else value}" for key, value in figures.items()
+    )
 
 
 def _short(value: float) -> str:

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig
 from ofb.engine.distributed import average_gradients, check_alike, on_main, rank, start_alike
+from ofb.engine.history import History
 from ofb.engine.journal import Journal
+from ofb.engine.reconstruction import images_to_rebuild, record_reconstruction
+from ofb.engine.run_folder import FOUND_FILE, IMPORTANCE_FILE, LATENCY_FILE
 from ofb.engine.shards import shard
 from ofb.engine.train import (
     Loader,
@@ -28,14 +31,13 @@ from ofb.engine.train import (
     train,
 )
 from ofb.supernet import LatencyTable, Supernet, measure_latency
-from ofb.supernet.families import build, describe, family_of
+from ofb.supernet.families import build, describe, sizes_of
 from ofb.supernet.importance import leave_one_out, rank_correlation
 from ofb.supernet.targets import Limits, amounts, describe_amount
 
 SEARCH_LR_AT_256 = 2.5e-4
 SEARCH_WARMUP_SHARE = 0.2  # 20 of 100 epochs
 SCORE_BATCHES = 16  # to rank the units on before the first step
-LATENCY_FILE = "latency.json"
 IMPORTANCE_IMAGES = 256  # of the validation images, to leave units out on
 
 
@@ -138,6 +140,8 @@ def search_targets(
     for limits, model in zip(supernet.targets, found, strict=True):
         print(describe_costs(supernet, model, limits), flush=True)
     on_main(_report_importance, supernet, val_loader, config)
+    if config.output is not None:
+        write_text(Path(config.output) / FOUND_FILE, json.dumps(_found(supernet, targets, found), indent=1) + "\n")
     networks = {}
     for target, model in zip(targets, found, strict=True):
         if config.finetune_epochs:
@@ -154,7 +158,7 @@ def describe_reach(supernet: Supernet) -> str:
 
 def describe_costs(supernet: Supernet, found: nn.Module, limits: Limits) -> str:
     """What a found network costs, in each unit its target limits, and how much of the limit that is."""
-    sizes = {name: s.candidates.full for name, s in family_of(found).submodules(found).items()}
+    sizes = sizes_of(found)
     costs = {kind: supernet.costs[kind].total(sizes) for kind in limits}
     shown = (
         f"{describe_amount(kind, cost)} ({cost / limits[kind]:.1%} of the target){_measured_on(supernet, kind)}"
@@ -174,6 +178,16 @@ def describe_choices(supernet: Supernet) -> str:
         f"sizes: {sizes}\n{len(chosen)} of {len(supernet.choices)} were still open at the end and chosen to meet the "
         f"target (least probability {least:.2f})"
     )
+
+
+def _found(supernet: Supernet, targets: list[str], networks: list[nn.Module]) -> dict:
+    """The networks of a search, as `ofb report` reads them before they are fine-tuned."""
+    found = {}
+    for target, limits, network in zip(targets, supernet.targets, networks, strict=True):
+        sizes = sizes_of(network)
+        costs = {kind: cost.total(sizes) for kind, cost in supernet.costs.items()}
+        found[target] = {"sizes": {name: list(size) for name, size in sizes.items()}, "costs": costs, "limits": limits}
+    return {"networks": found, "choices": supernet.choices}
 
 
 def _latency_table(model: nn.Module, config: SearchConfig) -> LatencyTable:
@@ -250,11 +264,17 @@ def _search_sizes(
         if supernet.score_init == "taylor":
             _rank_scores(supernet, train_loader, config, device)
 
+    history = History(supernet)
+
     def stepped() -> None:
         if supernet.step(optimization.optimizer):
             check_alike(_decisive(supernet), f"after the pruning event of step {supernet.steps}")
+        history.stepped()
 
-    with Journal(config.output, "search", start) as journal:
+    with Journal(config, "search", start, history.status) as journal:
+        if state is None:
+            journal.record_history(-1, history)
+        pictured = images_to_rebuild(supernet, val_loader)
         for epoch in range(start, config.epochs):
             if supernet.finished:
                 break
@@ -266,7 +286,10 @@ def _search_sizes(
             figures |= {f"expected_{kind}": cost for kind, cost in supernet.expected_costs().items()}
             alive = supernet.alive_candidates()
             figures["alive"] = sum(alive.values())
-            journal.record(epoch, config.epochs, losses | figures | {"alive_candidates": alive})
+            journal.record(epoch, losses | figures | {"alive_candidates": alive})
+            journal.record_history(epoch, history)
+            if pictured is not None and not supernet.finished:
+                record_reconstruction(journal, supernet, pictured, epoch, config)
             if len(supernet.targets) * (epoch + 1) >= config.epochs * (len(found) + 1) and not supernet.finished:
                 found.append(supernet.extract())
                 supernet.next_target()
@@ -320,7 +343,7 @@ def _report_importance(supernet: Supernet, val_loader: Loader, config: SearchCon
             name: {"importance": importance, "loss_change": change, "rank_correlation": correlations[name]}
             for name, (importance, change) in sampled.items()
         }
-        write_text(Path(config.output) / "importance.json", json.dumps(entries, indent=1) + "\n")
+        write_text(Path(config.output) / IMPORTANCE_FILE, json.dumps(entries, indent=1) + "\n")
 
 
 def _warmup_epochs(config: SearchConfig) -> float:

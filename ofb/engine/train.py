@@ -40,7 +40,9 @@ from ofb.supernet.families import family_of
 TRAIN_LR_AT_256 = 1.5e-4
 TRAIN_WARMUP_EPOCHS = 5
 STEPS_BETWEEN_NOTES = 50  # reading losses makes the host wait for the device
-FREE_ON_RESUME = {"device", "workers", "backend", "cuda_graph", "output", "resume", "config"}
+FREE_ON_RESUME = {
+    "device", "workers", "backend", "cuda_graph", "output", "resume", "config", "log_wandb", "wandb_project",
+}  # fmt: skip
 
 LossOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -102,14 +104,14 @@ def train(
         if ema is not None:
             ema.update(model, optimization.steps)
 
-    with Journal(config.output, stage, start) as journal:
+    with Journal(config, stage, start) as journal:
         for epoch in range(start, config.epochs):
             seed_everything(config.seed, stage, epoch, rank())
             model.train()
             losses = run_epoch(train_loader, optimization, stepped, journal, f"{epoch + 1}/{config.epochs}", mix)
             metrics = evaluate(kept, val_loader, config)
             best.offer(kept, epoch, metrics)
-            journal.record(epoch, config.epochs, losses | {f"val_{key}": value for key, value in metrics.items()})
+            journal.record(epoch, losses | {f"val_{key}": value for key, value in metrics.items()})
             save_state(
                 config,
                 stage,
@@ -275,17 +277,17 @@ def run_epoch(
     """
     device = optimization.device
     sums, count = {}, 0
-    with journal.progress(loader, len(loader), title) as (batches, note):
-        for images, targets in batches:
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            if mix is not None:
-                images, targets = mix(images, targets)
-            losses = optimization.step(images, targets)
-            stepped()
-            count += 1
-            sums = {name: sums.get(name, 0) + loss.double() for name, loss in losses.items()}
-            if count % STEPS_BETWEEN_NOTES == 0:
-                note(_finite_means(sums, count, title))
+    batches, note = journal.progress(loader, len(loader), title)
+    for images, targets in batches:
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if mix is not None:
+            images, targets = mix(images, targets)
+        losses = optimization.step(images, targets)
+        stepped()
+        count += 1
+        sums = {name: sums.get(name, 0) + loss.double() for name, loss in losses.items()}
+        if count % STEPS_BETWEEN_NOTES == 0:
+            note(_finite_means(sums, count, title))
     return _finite_means(sums, count, title)
 
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ofb.engine.run_folder import CONFIG_FILE, FIGURES_FILE
 from ofb.export.folder import ARCHITECTURE
 from ofb.supernet.cost import readable
 
-CONFIG_FILE, FIGURES_FILE = "config.yaml", "figures.json"  # of a run folder
 # Options of a run that its card tells. Names of folders and files stay private.
 TOLD = ("model", "data", "epochs", "finetune_epochs", "opt", "batch_size", "seed")
 FRONT_MATTER = """---
@@ -61,7 +61,7 @@ def _run(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     options, figures = yaml.safe_load((run / CONFIG_FILE).read_text()), {}
     if (run / FIGURES_FILE).is_file():
         found = json.loads((run / FIGURES_FILE).read_text())
-        this = next((name for name in (folder.name, "compressed", "dense") if name in found), None)
+        this = next((name for name in (folder.name, "compressed", "trained") if name in found), None)
         figures = {"dense": found.get("dense", {}), "this": found.get(this, {})}
     return options, figures
 

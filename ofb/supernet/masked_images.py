@@ -74,6 +74,23 @@ class MaskedImages(nn.Module):
         areas = drawn if positions is None else positions[drawn]
         return reconstruction_loss(decoded, images, areas, masked, self.area.pixels)
 
+    def pictures(
+        self, tokens: Tensor, images: Tensor, drawn: Tensor, masked: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What there is to rebuild, what is left of it, and what was rebuilt, each (B, C, H, W): locally normalized
+        images, zeros for the hidden areas, and the decoder's pixels in their place. Arguments as in `loss`."""
+        p, q = self.area.pixels
+        areas = (drawn if positions is None else positions[drawn])[:, masked]
+        decoded = self.decoder(tokens.take_along_dim(drawn[..., None], 1))[:, masked]
+        target = local_norm(images.float())
+        hidden, rebuilt = target.clone(), target.clone()
+        for image, index in enumerate(areas.tolist()):
+            for k, area in enumerate(index):
+                row, column = area // self.area.columns * p, area % self.area.columns * q
+                hidden[image, :, row : row + p, column : column + q] = 0
+                rebuilt[image, :, row : row + p, column : column + q] = decoded[image, k].view(-1, p, q)
+        return target, hidden, rebuilt
+
 
 def draw_areas(images: int, areas: int, ratio: Tensor, most: float) -> tuple[Tensor, Tensor]:
     """(B, K) distinct areas of every image and (K,) bool, which of them to mask: a share `ratio`, at least one.

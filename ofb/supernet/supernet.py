@@ -354,6 +354,20 @@ class Supernet(nn.Module):
         """How many candidates each submodule has left."""
         return {name: int(bimask.alive.sum()) for name, bimask in self.bimasks.items()}
 
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures (B, C, H, W) of masked image modelling on images (B, C, H, W), the present share of patches hidden:
+        what there is to rebuild, what is left of it, and what was rebuilt.
+
+        Raises:
+            ValueError: masked image modelling is off.
+        """
+        if self.masked_images is None:
+            raise ValueError("reconstruct: expected a supernet with masked image modelling, got mask_ratio_end=0")
+        with self._backend():
+            tokens, _, *places = self._hidden_tokens(images)
+            return self.masked_images.pictures(tokens, images, *places)
+
     def parameter_groups(
         self, weight_decay: float = 1e-3, architecture_lr: float | None = None, score_lr: float | None = None
     ) -> list[dict]:
@@ -413,16 +427,21 @@ class Supernet(nn.Module):
 
     def _logits_and_reconstruction(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
-        embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
         if self.masked_images is None:
-            _, logits = self._tokens_and_logits(embeddings)
+            _, logits = self._tokens_and_logits(self.family.patch_embeddings(self.model, images))
             return logits, logits.new_zeros((), dtype=torch.float32)
+        tokens, logits, *places = self._hidden_tokens(images)
+        return logits, self.masked_images.loss(tokens, images, *places)
+
+    def _hidden_tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Patch tokens (B, N, D) and logits (B, classes) with the present share of patches hidden; which are drawn and
+        masked, and the positions of the tokens."""
+        embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
         kept = kept_patches(self.model)
         positions = None if kept is None else kept.positions
         hidden, drawn, masked = self.masked_images.hide(embeddings, self.mask_ratio, positions)
         tokens, logits = self._tokens_and_logits(hidden)
-        patches = self.family.patch_tokens(self.model, tokens)
-        return logits, self.masked_images.loss(patches, images, drawn, masked, positions)
+        return self.family.patch_tokens(self.model, tokens), logits, drawn, masked, positions
 
     def _tokens_and_logits(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens after the final norm (B, N, D) and logits (B, classes), from patch embeddings (B, patches, D)."""

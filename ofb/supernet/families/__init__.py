@@ -66,12 +66,15 @@ def build(description: dict) -> nn.Module:
     return FAMILIES[name].build(description)
 
 
+def sizes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(heads, channels) of every submodule of a plain timm model."""
+    return {name: submodule.candidates.full for name, submodule in family_of(model).submodules(model).items()}
+
+
 def count_macs(model: nn.Module) -> int:
     """Exact multiply-accumulates of one image through a plain timm model, whatever the sizes of its blocks.
 
     Raises:
         ValueError: no family knows the model.
     """
-    family = family_of(model)
-    sizes = {name: submodule.candidates.full for name, submodule in family.submodules(model).items()}
-    return family.macs(model).total(sizes)
+    return family_of(model).macs(model).total(sizes_of(model))

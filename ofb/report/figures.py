@@ -1,4 +1,4 @@
-"""What a run achieved: dense and compressed side by side."""
+"""Networks side by side: accuracy, costs and latency."""
 
 import copy
 import statistics
@@ -16,11 +16,14 @@ from ofb.supernet.families import count_macs
 WARMUP_RUNS, TIMED_RUNS = 10, 100
 
 
-def figures(networks: Mapping[str, nn.Module], top1: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Each network's figures: top1 in percent as given, macs, params, and latency_ms on the CPU."""
+def figures(
+    networks: Mapping[str, nn.Module], accuracies: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Each network's figures: top1 and top5 in percent and whatever else is given of it, macs, params, and latency_ms
+    on the CPU."""
     latency = cpu_latency(networks)
     return {
-        name: {"top1": top1[name], "macs": count_macs(n), "params": count_params(n), "latency_ms": latency[name]}
+        name: {**accuracies[name], "macs": count_macs(n), "params": count_params(n), "latency_ms": latency[name]}
         for name, n in networks.items()
     }
 

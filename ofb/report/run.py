@@ -1,0 +1,128 @@
+"""A run folder as it was left: finished, interrupted, or going on."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ofb.engine.run_folder import (
+    CONFIG_FILE,
+    FIGURES_FILE,
+    FOUND_FILE,
+    HISTORY_FILE,
+    IMPORTANCE_FILE,
+    METRICS_FILE,
+    RECONSTRUCTION_FILE,
+)
+
+SO_FAR = "so far"  # the name of what an unfinished search has come to
+
+Sizes = Mapping[str, list[int]]  # [heads, channels] of each submodule
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; what it lacks is empty.
+
+    Attributes:
+        name: of the folder.
+        config: its options.
+        metrics: entries of metrics.jsonl.
+        history: entries of history.jsonl.
+        found: networks and choices of found.json.
+        figures: of each network in figures.json.
+        importance: of each submodule in importance.json.
+        reconstruction: PNG of what the supernet rebuilt.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    metrics: list[Mapping[str, Any]]
+    history: list[Mapping[str, Any]]
+    found: Mapping[str, Any]
+    figures: Mapping[str, Mapping[str, Any]]
+    importance: Mapping[str, Mapping[str, Any]]
+    reconstruction: bytes
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Run":
+        """Read a run folder.
+
+        Raises:
+            ValueError: it is none, or a file in it is damaged.
+        """
+        import yaml
+
+        folder = Path(folder)
+        if not (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
+            raise ValueError(f"run: expected a run folder with {CONFIG_FILE} or {METRICS_FILE}, got {folder}")
+        return cls(
+            folder.resolve().name,
+            _read(folder / CONFIG_FILE, yaml.safe_load, {}),
+            _read(folder / METRICS_FILE, _json_lines, []),
+            _read(folder / HISTORY_FILE, _json_lines, []),
+            _read(folder / FOUND_FILE, json.loads, {}),
+            _read(folder / FIGURES_FILE, json.loads, {}),
+            _read(folder / IMPORTANCE_FILE, json.loads, {}),
+            (folder / RECONSTRUCTION_FILE).read_bytes() if (folder / RECONSTRUCTION_FILE).is_file() else b"",
+        )
+
+    @property
+    def stages(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The metrics of each stage, in the order of the stages."""
+        return {
+            stage: [entry for entry in self.metrics if entry["stage"] == stage]
+            for stage in dict.fromkeys(entry["stage"] for entry in self.metrics)
+        }
+
+    @cached_property
+    def dense_sizes(self) -> Sizes:
+        """Sizes of the network a search started from; of the one network of dense training."""
+        if self.history:
+            return {name: _full(submodule) for name, submodule in self.history[0]["submodules"].items()}
+        return next((network["sizes"] for network in self.figures.values()), {})
+
+    @cached_property
+    def found_sizes(self) -> dict[str, Sizes]:
+        """Sizes of each network a search found; before it is over, of the largest one still possible."""
+        if self.found:
+            return {target: network["sizes"] for target, network in self.found["networks"].items()}
+        if self.history:
+            return {SO_FAR: {name: _full(each) for name, each in self.history[-1]["submodules"].items()}}
+        return {}
+
+    @property
+    def state(self) -> str:
+        """How far the run is, in words."""
+        if self.figures:
+            return "finished"
+        if not self.metrics:
+            return "no epoch is finished yet"
+        stage, done = self.metrics[-1]["stage"], self.metrics[-1]["epoch"] + 1
+        epochs = self.config.get("finetune_epochs" if stage.startswith("finetune") else "epochs", "?")
+        return f"{done} of {epochs} epochs of stage {stage} are done"
+
+
+def _full(submodule: Mapping[str, Any]) -> list[int]:
+    return [submodule["heads"][-1], submodule["channels"][-1]]
+
+
+def _json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _read(path: Path, parse: Callable[[str], Any], missing: Any) -> Any:
+    """What a file holds, or what stands for a file that is not there."""
+    import yaml
+
+    if not path.is_file():
+        return missing
+    try:
+        found = parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"run: {path} is damaged: {error}") from error
+    if not isinstance(found, type(missing)):
+        raise ValueError(f"run: {path} is damaged: expected a {type(missing).__name__}, got {type(found).__name__}")
+    return found
