@@ -1,8 +1,27 @@
-"""λ, patch ratio and pruning events."""
+"""The course of a search: ramps, pruning events, and what is out of range."""
 
 import pytest
 
-from ofb.supernet.schedules import prunes_after, ramp
+from ofb.supernet.schedules import Course, ramp
+
+PAPER = dict(
+    epochs=100,
+    steps_per_epoch=10,
+    targets=1,
+    warmup_epochs=None,
+    lam_start=0.99,
+    lam_end=0.1,
+    mask_ratio_start=0.05,
+    mask_ratio_end=0.25,
+    one_hot_delay=0.0,
+    pace=0.0,
+    settling=0.0,
+    prunes_per_epoch=3,
+)
+
+
+def course(**options) -> Course:
+    return Course(**(PAPER | options))
 
 
 def test_ramp_is_linear_then_constant():
@@ -12,10 +31,49 @@ def test_ramp_is_linear_then_constant():
     assert ramp(0, 0, 0.99, 0.1) == 0.1
 
 
+def test_warmup_is_a_fifth_of_the_epochs_or_as_asked():
+    assert course().lam(100) == pytest.approx(0.545) and course().lam(200) == course().lam(999) == 0.1
+    assert course().mask_ratio(100) == pytest.approx(0.15) and course().most_masked == 0.25
+    assert course(warmup_epochs=2.5).lam(25) == 0.1 and course(warmup_epochs=0).lam(0) == 0.1
+
+
 @pytest.mark.parametrize(("steps_per_epoch", "events"), [(9, [3, 6, 9]), (10, [4, 7, 10]), (2, [1, 2]), (1, [1])])
 def test_pruning_events(steps_per_epoch, events):
+    search = course(steps_per_epoch=steps_per_epoch)
     for epoch in range(3):
-        steps = [
-            s for s in range(1, steps_per_epoch + 1) if prunes_after(epoch * steps_per_epoch + s, steps_per_epoch, 3)
-        ]
+        steps = [s for s in range(1, steps_per_epoch + 1) if search.prunes_after(epoch * steps_per_epoch + s)]
         assert steps == events
+
+
+def test_nothing_is_pruned_before_the_goal_is_there():
+    search = course(pace=0.3, targets=2)
+    assert [search.way(step, 0) for step in (0, 75, 150, 400)] == [0, 0.5, 1, 1]
+    assert [search.way(step, 1) for step in (500, 575, 650)] == [0, 0.5, 1]
+    assert not search.prunes_after(140) and search.prunes_after(150)
+    assert not search.prunes_after(640, 1) and search.prunes_after(650, 1)
+
+
+def test_events_left_count_down_to_the_last_step():
+    search = course(epochs=2, settling=0.5)
+    assert [search.events_left(step) for step in (9, 10, 14, 17, 20)] == [None, 4, 3, 2, 1]
+    assert course(targets=2, settling=1.0).events_left(990) is None, "a later target is still to come"
+    assert course(targets=2, settling=1.0).events_left(990, 1) == 4
+
+
+def test_the_one_hot_loss_sets_in_late():
+    search = course(one_hot_delay=0.5)
+    assert not search.sharpens(499) and search.sharpens(500)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"prunes_per_epoch": 0}, "prunes_per_epoch: expected at least 1, got 0"),
+        ({"settling": 1.5}, "settling: expected 0 to 1, got 1.5"),
+        ({"mask_ratio_end": -0.1}, "mask_ratio_end: expected 0 to 1, got -0.1"),
+    ],
+)
+def test_what_is_out_of_range(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        course(**wrong)

@@ -48,8 +48,8 @@ class Goals(nn.Module):
         sizes = [each.to(self.dense.dtype) for each in sizes]
         return {kind: module(*sizes) for kind, module in self.expectations.items()}
 
-    def set(self, targets_passed: int, steps: float, ramp_steps: float) -> None:
-        """The goals after some steps towards a target: on a ramp from the limits before, over so many steps."""
+    def set(self, targets_passed: int, way: float) -> None:
+        """The goals on the way (0 to 1) from the limits before to those of the next target."""
         before, limits = self.limits[targets_passed], self.limits[targets_passed + 1]
         for goal, kind in zip(self.goals, self.kinds, strict=True):
-            goal.fill_(ramp(steps, ramp_steps, before[kind], limits[kind]))
+            goal.fill_(ramp(way, 1.0, before[kind], limits[kind]))

@@ -1,6 +1,6 @@
 """Stack: the bi-masks of all submodules of a kind, evaluated together in a constant number of operator calls."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,39 @@ class Stack(nn.Module):
 
     def _alpha(self) -> Tensor:
         return self.candidates(self._all("alpha"), 0.0)
+
+
+class Stacks(nn.ModuleDict):
+    """The bi-masks of a supernet in two stacks: attention has heads, the rest has none, and would be mostly filling.
+
+    Args:
+        bimasks: the submodules, by name.
+    """
+
+    def __init__(self, bimasks: Mapping[str, BiMask]) -> None:
+        kinds = {"attention": {}, "others": {}}
+        for name, each in bimasks.items():
+            kinds["attention" if name.startswith("attn") else "others"][name] = each
+        super().__init__({kind: Stack(members) for kind, members in kinds.items()})
+
+    @property
+    def names(self) -> list[str]:
+        """The submodules in the order of the expected sizes."""
+        return [name for stack in self.values() for name in stack.names]
+
+    def masks(self, lam: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """m (H, d) of every submodule, or at least of those named."""
+        wanted = [stack for stack in self.values() if names is None or not set(names).isdisjoint(stack.names)]
+        return {name: mask for stack in wanted for name, mask in stack.masks(lam).items()}
+
+    def expected_sizes(self) -> tuple[Tensor, Tensor]:
+        """Expected heads (S,) and units (S,) of all submodules."""
+        heads, units = zip(*(stack.expected_sizes() for stack in self.values()), strict=True)
+        return torch.cat(heads), torch.cat(units)
+
+    def one_hot_loss(self, score_penalties: Mapping[str, float]) -> Tensor:
+        """Σ over all open submodules; Σ S is weighed by the penalty of the stack, "attention" or "others"."""
+        return sum(stack.one_hot_loss(score_penalties[kind]) for kind, stack in self.items())
 
 
 class Padding(nn.Module):

@@ -22,9 +22,9 @@ from ofb.supernet.losses import Criterion, Losses
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
-from ofb.supernet.schedules import prunes_after, ramp
+from ofb.supernet.schedules import Course
 from ofb.supernet.search_space import TOKENS, SearchSpace
-from ofb.supernet.stack import Stack
+from ofb.supernet.stack import Stacks
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
 
@@ -112,10 +112,21 @@ class Supernet(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        counts = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "prunes_per_epoch": prunes_per_epoch}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        targets = (target, *later_targets)
+        self.course = Course(
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            targets=len(targets),
+            warmup_epochs=warmup_epochs,
+            lam_start=lam_start,
+            lam_end=lam_end,
+            mask_ratio_start=mask_ratio_start,
+            mask_ratio_end=mask_ratio_end,
+            one_hot_delay=one_hot_delay,
+            pace=pace,
+            settling=settling,
+            prunes_per_epoch=prunes_per_epoch,
+        )
         if residual_mask not in RESIDUAL_MASKS:
             raise ValueError(f"residual_mask: expected one of {', '.join(RESIDUAL_MASKS)}, got {residual_mask!r}")
         if score_init not in SCORE_INITS:
@@ -123,12 +134,6 @@ class Supernet(nn.Module):
         if architecture_init not in ARCHITECTURE_INITS:
             expected = ", ".join(ARCHITECTURE_INITS)
             raise ValueError(f"architecture_init: expected one of {expected}, got {architecture_init!r}")
-        shares = {"lam_start": lam_start, "lam_end": lam_end, "pace": pace, "one_hot_delay": one_hot_delay}
-        shares["settling"] = settling
-        shares |= {"mask_ratio_start": mask_ratio_start, "mask_ratio_end": mask_ratio_end}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, got {value}")
         if getattr(model, "num_classes", 1) == 0 and criterion is None:
             raise ValueError(
                 "criterion: expected one of your own for a model without a classifier (num_classes=0), got None; "
@@ -138,16 +143,11 @@ class Supernet(nn.Module):
         self.family_name = family_of(model).NAME
         if space.tokens:
             search_tokens(model)
-        self.total_steps, self.steps_per_epoch = epochs * steps_per_epoch, steps_per_epoch
-        self.warmup_steps = round((epochs / 5 if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
-        self.lam_range, self.mask_ratio_range = (lam_start, lam_end), (mask_ratio_start, mask_ratio_end)
         self.residual_mask = residual_mask
         self.criterion = criterion or Criterion()
-        self.one_hot_weight, self.one_hot_delay = one_hot_weight, one_hot_delay
-        self.macs_weight, self.pace, self.settling = macs_weight, pace, settling
-        self.score_penalty, self.attention_score_penalty = score_penalty, attention_score_penalty
-        self.prunes_per_epoch, self.prune_threshold = prunes_per_epoch, prune_threshold
-        self.backend = backend
+        self.one_hot_weight, self.macs_weight = one_hot_weight, macs_weight
+        self.score_penalties = {"attention": attention_score_penalty, "others": score_penalty}
+        self.prune_threshold, self.backend = prune_threshold, backend
         self.searches_tokens = space.tokens
 
         submodules = self.family.submodules(model)
@@ -158,7 +158,6 @@ class Supernet(nn.Module):
         full = {name: submodule.candidates.full for name, submodule in submodules.items()}
         candidates = space.narrow({name: submodule.candidates for name, submodule in submodules.items()})
         patches = candidates[TOKENS].channels if space.tokens else ()
-        targets = (target, *later_targets)
         self.costs = costs_of(model, {"macs"}.union(*map(amounts, targets)), latency_table, patches)
         self.dense_costs = {kind: cost.total(full) for kind, cost in self.costs.items()}
         self.targets = [parse_target(each, self.dense_costs) for each in targets]
@@ -172,18 +171,17 @@ class Supernet(nn.Module):
                 self.bimasks[name].rank_scores_by(importance)
         first, last = (submodules[width].candidates.units for width in (self.macs.widths[0], self.macs.widths[-1]))
         self.masked_images = None
-        if max(self.mask_ratio_range):
+        if self.course.most_masked:
             area, in_chans = self.family.token_area(model), model.patch_embed.proj.in_channels
-            self.masked_images = MaskedImages(area, in_chans, first, last, max(self.mask_ratio_range), **like)
+            self.masked_images = MaskedImages(area, in_chans, first, last, self.course.most_masked, **like)
         self.couplings = {name: self._couplings(name, s.couplings) for name, s in submodules.items()}
         self.register_buffer("lam", torch.zeros((), **like), persistent=False)
         self.register_buffer("mask_ratio", torch.zeros((), **like), persistent=False)
         self.register_buffer("one_hot_factor", torch.zeros((), device=weight.device), persistent=False)
         self.revision = 0  # of the tensors behind the step: whoever holds on to them looks here
         self._build_stacks()
-        names = [name for stack in self.stacks.values() for name in stack.names]
         check_targets(self.costs, decisions.options(self.bimasks), self.targets)
-        self.goals = Goals(self.costs, self.dense_costs, self.targets, names, weight.device)
+        self.goals = Goals(self.costs, self.dense_costs, self.targets, self.stacks.names, weight.device)
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
@@ -191,6 +189,11 @@ class Supernet(nn.Module):
     @property
     def family(self) -> ModuleType:
         return FAMILIES[self.family_name]
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the search."""
+        return self.course.total_steps
 
     @property
     def target(self) -> Limits:
@@ -231,7 +234,7 @@ class Supernet(nn.Module):
             return Losses(classification, classification.detach(), zero, zero, zero)
         with self._backend():
             logits, rebuilt = self._logits_and_reconstruction(images)
-            one_hot, macs = self._one_hot_loss(), self.goals(*self._expected_sizes())
+            one_hot, macs = self.stacks.one_hot_loss(self.score_penalties), self.goals(*self._expected_sizes())
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_factor * one_hot + self.macs_weight * macs + balance * rebuilt
@@ -286,7 +289,7 @@ class Supernet(nn.Module):
         self._set_schedules()
         if self.finished:
             return False
-        prunes = self.paced and prunes_after(self.steps, self.steps_per_epoch, self.prunes_per_epoch)
+        prunes = self.course.prunes_after(self.steps, self.targets_passed)
         if prunes:
             self.prune(optimizer)
         ends = self.steps >= self.total_steps
@@ -301,13 +304,12 @@ class Supernet(nn.Module):
 
     def prune(self, optimizer: Optimizer | None = None) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
-        last = self.targets_passed + 1 == len(self.targets)
         surviving = decisions.survivors(
             self.bimasks,
             self.costs,
             self.targets[self.targets_passed :],
             self.prune_threshold,
-            self._events_left() if last else None,
+            self.course.events_left(self.steps, self.targets_passed),
         )
         for name, bimask in self.bimasks.items():
             if bimask.oversized or not torch.equal(bimask.alive, surviving[name]):
@@ -409,15 +411,6 @@ class Supernet(nn.Module):
 
     # ---- parts ----
 
-    def _events_left(self) -> int | None:
-        """How many pruning events are left, this one counted; None before the search settles."""
-        if self.steps < (1 - self.settling) * self.total_steps:
-            return None
-        return sum(
-            prunes_after(step, self.steps_per_epoch, self.prunes_per_epoch)
-            for step in range(self.steps, self.total_steps + 1)
-        )
-
     def _unit_sums(self, figure: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """A figure of the weights, summed over each unit of each submodule."""
         return {
@@ -453,7 +446,7 @@ class Supernet(nn.Module):
     def _masks(self) -> dict[str, Tensor]:
         if self.finished:
             return {name: bimask.mask(self.lam) for name, bimask in self.bimasks.items()}
-        return {name: mask for stack in self.stacks.values() for name, mask in stack.masks(self.lam).items()}
+        return self.stacks.masks(self.lam)
 
     def _residual_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """m (D,) of each residual width, with which the blocks' outputs are masked; empty where they are not."""
@@ -463,41 +456,25 @@ class Supernet(nn.Module):
         """V, flat, of the open submodules that a norm weighs: widths, and those with a norm inside their block."""
         widths = self.macs.widths if self.residual_mask == "stream" else ()
         sparsity = {name: self.bimasks[name].sparsity() for name in widths}
-        for stack in self.stacks.values():
-            if not self.normed.isdisjoint(stack.names):
-                sparsity |= {
-                    name: v for name, v in stack.masks(torch.zeros_like(self.lam)).items() if name in self.normed
-                }
+        inside = self.stacks.masks(torch.zeros_like(self.lam), self.normed)
+        sparsity |= {name: v for name, v in inside.items() if name in self.normed}
         return {name: v.flatten() for name, v in sparsity.items() if not self.bimasks[name].final}
-
-    def _one_hot_loss(self) -> Tensor:
-        penalties = {"attention": self.attention_score_penalty, "others": self.score_penalty}
-        return sum(stack.one_hot_loss(penalties[kind]) for kind, stack in self.stacks.items())
 
     def _expected_sizes(self) -> tuple[Tensor, ...]:
         """Expected heads (S,) and units (S,) of all submodules, and the probabilities of the numbers of patches (K,)
         where these are searched."""
-        heads, units = zip(*(stack.expected_sizes() for stack in self.stacks.values()), strict=True)
-        sizes = torch.cat(heads), torch.cat(units)
+        sizes = self.stacks.expected_sizes()
         return (*sizes, self.bimasks[TOKENS].probabilities().flatten()) if self.searches_tokens else sizes
 
     def _build_stacks(self) -> None:
-        """Attention has heads, the rest has none: in one stack, most of it would be filling."""
         self.revision += 1
-        kinds = {"attention": {}, "others": {}}
-        for name, bimask in self.bimasks.items():
-            kinds["attention" if name.startswith("attn") else "others"][name] = bimask
-        self.stacks = nn.ModuleDict({kind: Stack(bimasks) for kind, bimasks in kinds.items()})
+        self.stacks = Stacks(self.bimasks)
 
     def _set_schedules(self) -> None:
-        self.lam.fill_(ramp(self.steps, self.warmup_steps, *self.lam_range))
-        self.mask_ratio.fill_(ramp(self.steps, self.warmup_steps, *self.mask_ratio_range))
-        share = self.total_steps / len(self.targets)  # of the steps, for each target
-        delayed = self.steps < self.one_hot_delay * share
-        self.one_hot_factor.fill_(0.0 if delayed else self.one_hot_weight)
-        steps = max(0.0, self.steps - self.targets_passed * share)
-        self.paced = steps >= self.pace * share  # the goal is the target itself
-        self.goals.set(self.targets_passed, steps, self.pace * share)
+        self.lam.fill_(self.course.lam(self.steps))
+        self.mask_ratio.fill_(self.course.mask_ratio(self.steps))
+        self.one_hot_factor.fill_(self.one_hot_weight if self.course.sharpens(self.steps) else 0.0)
+        self.goals.set(self.targets_passed, self.course.way(self.steps, self.targets_passed))
 
     def _keep_candidates(self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str | None) -> None:
         """Remove the units no living candidate keeps, then the dead candidates, and note a size that became final."""
