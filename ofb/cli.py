@@ -17,24 +17,21 @@ from torch import nn
 import ofb
 from ofb.doctor import diagnose
 from ofb.engine.checkpoint import write_text
-from ofb.engine.config import (
+from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
+from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
+from ofb.engine.distributed import is_main, may_restart, on_main, process_group, rank, was_restarted
+from ofb.engine.options import from_dict, to_dict
+from ofb.engine.presets import preset
+from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE
+from ofb.engine.search import make_supernet
+from ofb.engine.tool_config import (
     CompletionConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     ProfileConfig,
     ReportConfig,
-    SearchConfig,
-    TrainConfig,
-    TrainingConfig,
-    from_dict,
-    to_dict,
 )
-from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
-from ofb.engine.distributed import is_main, may_restart, on_main, process_group, rank, was_restarted
-from ofb.engine.presets import preset
-from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE
-from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
 from ofb.profile import profile, profile_table

@@ -12,7 +12,8 @@ import yaml
 
 import ofb
 from ofb.cli import COMMANDS, main, parse
-from ofb.engine.config import SearchConfig, from_dict
+from ofb.engine.config import SearchConfig
+from ofb.engine.options import from_dict
 from ofb.export import count_params, model_card
 from ofb.supernet.families import count_macs
 from tests.test_train import assert_same_weights

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from ofb.engine.config import DataConfig, EvaluateConfig, SearchConfig, TrainConfig, from_dict, to_dict
+from ofb.engine.config import DataConfig, SearchConfig, TrainConfig
+from ofb.engine.options import from_dict, to_dict
+from ofb.engine.tool_config import EvaluateConfig
 
 
 def test_defaults_are_the_recipe():

@@ -221,7 +221,8 @@ def test_calls_grow_neither_with_candidates_nor_with_blocks():
         options = {"embed_dim": embed_dim, "num_heads": embed_dim // 8, "depth": depth}
         supernet = make_supernet(model_options=options)
         with CountCalls() as count:
-            one_hot, macs = supernet.stacks.one_hot_loss(supernet.score_penalties), supernet.goals(*supernet._expected_sizes())
+            one_hot = supernet.stacks.one_hot_loss(supernet.score_penalties)
+            macs = supernet.goals(*supernet._expected_sizes())
             (one_hot + macs).backward()
             masks = supernet._masks()
             torch.autograd.backward(list(masks.values()), [torch.ones_like(mask) for mask in masks.values()])

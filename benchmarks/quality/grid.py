@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import ofb
 from benchmarks.quality import rivals
 from benchmarks.quality.settings import SETTINGS, Setting, dense_folder, images
-from ofb.engine.config import SearchConfig, TrainConfig, key_and_value
+from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import Loaders
 from ofb.engine.journal import Journal
+from ofb.engine.options import key_and_value
 from ofb.engine.search import make_supernet
 from ofb.engine.train import Optimization, make_optimizer, pick_device, run_epoch, seed_everything, teaching
 from ofb.export import count_params

@@ -4,18 +4,16 @@ Defaults are those that won in benchmarks/QUALITY.md, where only sizes were not 
 CVPR 2024, section 4.1) is a preset. Names are timm's where timm has the option.
 """
 
-import ast
 import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from timm.optim import list_optimizers
 
+from ofb.engine.options import at_least, between, key_and_value, positive
 from ofb.supernet.losses import Criterion
 from ofb.supernet.search_space import SearchSpace
-
-Config = TypeVar("Config")
 
 
 @dataclass(kw_only=True)
@@ -71,9 +69,9 @@ class DataConfig:
     """Processes that read and augment images, for each process of a job; `digits` needs none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "workers")
-        _between(self, 0, 1, "val_share")
+        at_least(self, 1, "batch_size")
+        at_least(self, 0, "workers")
+        between(self, 0, 1, "val_share")
         if self.data != "digits" and self.data_dir is None and "/" not in self.data:
             raise ValueError(
                 f"data: expected `digits`, a timm data set with a prefix such as torch/cifar10, or any name with "
@@ -178,10 +176,10 @@ class TrainingConfig(RunConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "epochs", "grad_accum_steps")
-        _at_least(self, 0, "aug_repeats", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
-        _between(self, 0, 1, "drop_path", "smoothing", "reprob")
-        _positive(self, "lr", "clip_grad")
+        at_least(self, 1, "epochs", "grad_accum_steps")
+        at_least(self, 0, "aug_repeats", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
+        between(self, 0, 1, "drop_path", "smoothing", "reprob")
+        positive(self, "lr", "clip_grad")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs: expected 0 to {self.epochs} (epochs), got {self.warmup_epochs}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
@@ -234,8 +232,8 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _between(self, 0, 1, "model_ema_decay")
-        _positive(self, "layer_decay")
+        between(self, 0, 1, "model_ema_decay")
+        positive(self, "layer_decay")
 
 
 @dataclass(kw_only=True)
@@ -365,10 +363,10 @@ class SearchConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "finetune_epochs", "finetune_weight_decay", "one_hot_weight", "macs_weight")
-        _at_least(self, 1, "prunes_per_epoch", "latency_batch_size")
-        _between(self, 0, 1, "prune_threshold")
-        _positive(self, "architecture_lr", "score_lr")
+        at_least(self, 0, "finetune_epochs", "finetune_weight_decay", "one_hot_weight", "macs_weight")
+        at_least(self, 1, "prunes_per_epoch", "latency_batch_size")
+        between(self, 0, 1, "prune_threshold")
+        positive(self, "architecture_lr", "score_lr")
         self.search_space()
         if len(self.all_targets()) > self.epochs:
             raise ValueError(f"targets: expected at most one an epoch, got {self.targets} in {self.epochs} epochs")
@@ -397,128 +395,3 @@ class SearchConfig(TrainingConfig):
                 "weight_decay": self.finetune_weight_decay,
             }
         )
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig(RunConfig, DataConfig):
-    """Evaluate a saved network."""
-
-    checkpoint: str
-    """A run folder, or its export folder."""
-
-    split: Literal["val", "test"] = "test"
-    """Images to evaluate on: held-out training images, or those of --test-split."""
-
-
-@dataclass(kw_only=True)
-class ProfileConfig:
-    """Show MACs, parameters and milliseconds of a network's layers; for a search, beside those of the dense network."""
-
-    network: str
-    """A run folder, or its export folder, or any timm model name."""
-
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one if not given."""
-
-    batch_size: int = 1
-    """Images at once when time is measured."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
-
-
-@dataclass(kw_only=True)
-class DoctorConfig:
-    """Say what of the stack is here, which backend runs and why, and check every op against float64."""
-
-    device: str | None = None
-    """cpu, cuda or cuda:N; the GPU where there is one if not given."""
-
-
-@dataclass(kw_only=True)
-class CompletionConfig:
-    """Print what completes this command's options in a shell: eval "$(ofb completion bash)"."""
-
-    shell: Literal["bash", "zsh", "tcsh"]
-    """Your shell."""
-
-
-@dataclass(kw_only=True)
-class ExportConfig:
-    """Write a saved network as one file that runs elsewhere, and put it on the Hugging Face hub."""
-
-    checkpoint: str
-    """A run folder, or its export folder."""
-
-    format: Literal["onnx", "program"] = "onnx"
-    """ONNX, or a torch.export program, which torch alone runs. Either takes any batch size, and is compared with the
-    network before it is written."""
-
-    output: str | None = None
-    """File to write; model.onnx or model.pt2 beside the network if not given."""
-
-    push_to_hub: str | None = None
-    """Repository USER/NAME on the Hugging Face hub to put the network into, with the files beside it and a model card
-    written from its run."""
-
-    hub_private: bool = False
-    """A new repository is for its owner alone."""
-
-
-@dataclass(kw_only=True)
-class ReportConfig:
-    """Write what a run did as one page, RUN/report/index.html, and pictures beside it."""
-
-    run: str
-    """A run folder, finished or not."""
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as numbers, strings and lists, fit for JSON and YAML."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-
-
-def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-    """A config from what `to_dict` made of it.
-
-    Raises:
-        ValueError: an unknown option, or a value out of range.
-    """
-    unknown = sorted(set(values) - {field.name for field in fields(cls)})
-    if unknown:
-        raise ValueError(f"config: {cls.__name__} has no option {', '.join(unknown)}; remove it")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
-    """Read key=value; the value is a Python literal, or else the text as it stands.
-
-    Raises:
-        ValueError: it does not look like that.
-    """
-    key, equals, value = pair.partition("=")
-    if not key.isidentifier() or not equals:
-        raise ValueError(f"{argument}: expected key=value, got {pair!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def _at_least(config: Any, least: float, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
-
-
-def _between(config: Any, least: float, most: float, *names: str) -> None:
-    for name in names:
-        if not least <= getattr(config, name) < most:
-            raise ValueError(f"{name}: expected at least {least} and less than {most}, got {getattr(config, name)}")
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")

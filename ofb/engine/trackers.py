@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from ofb.engine.config import TrainingConfig, to_dict
+from ofb.engine.config import TrainingConfig
 from ofb.engine.history import Look
+from ofb.engine.options import to_dict
 
 
 class TensorBoard:

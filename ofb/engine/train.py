@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
-from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig, to_dict
+from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig
 from ofb.engine.distributed import (
     averaged,
     check_device,
@@ -34,6 +34,7 @@ from ofb.engine.distributed import (
 )
 from ofb.engine.graph import StepGraph
 from ofb.engine.journal import Journal
+from ofb.engine.options import to_dict
 from ofb.engine.shards import Loader, shard
 from ofb.supernet.families import family_of
 

@@ -1,0 +1,61 @@
+"""What the config classes share: checks of their values, and their way to and from text."""
+
+import ast
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as numbers, strings and lists, fit for JSON and YAML."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """A config from what `to_dict` made of it.
+
+    Raises:
+        ValueError: an unknown option, or a value out of range.
+    """
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    if unknown:
+        raise ValueError(f"config: {cls.__name__} has no option {', '.join(unknown)}; remove it")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
+    """Read key=value; the value is a Python literal, or else the text as it stands.
+
+    Raises:
+        ValueError: it does not look like that.
+    """
+    key, equals, value = pair.partition("=")
+    if not key.isidentifier() or not equals:
+        raise ValueError(f"{argument}: expected key=value, got {pair!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Raise ValueError where an option is below `least`."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+
+
+def between(config: Any, least: float, most: float, *names: str) -> None:
+    """Raise ValueError where an option is below `least`, or not below `most`."""
+    for name in names:
+        if not least <= getattr(config, name) < most:
+            raise ValueError(f"{name}: expected at least {least} and less than {most}, got {getattr(config, name)}")
+
+
+def positive(config: Any, *names: str) -> None:
+    """Raise ValueError where an option is given and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")

@@ -1,0 +1,81 @@
+"""Options of the commands that train nothing; `ofb.engine.config` has the others."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ofb.engine.config import DataConfig, RunConfig
+from ofb.engine.options import at_least
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(RunConfig, DataConfig):
+    """Evaluate a saved network."""
+
+    checkpoint: str
+    """A run folder, or its export folder."""
+
+    split: Literal["val", "test"] = "test"
+    """Images to evaluate on: held-out training images, or those of --test-split."""
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Show MACs, parameters and milliseconds of a network's layers; for a search, beside those of the dense network."""
+
+    network: str
+    """A run folder, or its export folder, or any timm model name."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one if not given."""
+
+    batch_size: int = 1
+    """Images at once when time is measured."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size")
+
+
+@dataclass(kw_only=True)
+class DoctorConfig:
+    """Say what of the stack is here, which backend runs and why, and check every op against float64."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N; the GPU where there is one if not given."""
+
+
+@dataclass(kw_only=True)
+class CompletionConfig:
+    """Print what completes this command's options in a shell: eval "$(ofb completion bash)"."""
+
+    shell: Literal["bash", "zsh", "tcsh"]
+    """Your shell."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Write a saved network as one file that runs elsewhere, and put it on the Hugging Face hub."""
+
+    checkpoint: str
+    """A run folder, or its export folder."""
+
+    format: Literal["onnx", "program"] = "onnx"
+    """ONNX, or a torch.export program, which torch alone runs. Either takes any batch size, and is compared with the
+    network before it is written."""
+
+    output: str | None = None
+    """File to write; model.onnx or model.pt2 beside the network if not given."""
+
+    push_to_hub: str | None = None
+    """Repository USER/NAME on the Hugging Face hub to put the network into, with the files beside it and a model card
+    written from its run."""
+
+    hub_private: bool = False
+    """A new repository is for its owner alone."""
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Write what a run did as one page, RUN/report/index.html, and pictures beside it."""
+
+    run: str
+    """A run folder, finished or not."""
