@@ -4,6 +4,7 @@ CLI = ["tyro>=0.9", "rich>=13", "tensorboard>=2.15", "matplotlib>=3.8", "scikit-
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
 TRANSFORMERS = ["transformers>=5.9"]
 BENCHMARK = ["torch-pruning>=1.6"]
+EXAMPLES = ["accelerate>=1", "torchao>=0.15", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
@@ -27,7 +28,8 @@ setup(
         "export": EXPORT,
         "transformers": TRANSFORMERS,
         "benchmark": BENCHMARK,
-        "test": TEST + CLI + EXPORT + TRANSFORMERS + BENCHMARK,
+        "examples": CLI + EXAMPLES,
+        "test": TEST + CLI + EXPORT + TRANSFORMERS + BENCHMARK + EXAMPLES,
     },
     entry_points={"console_scripts": ["ofb = ofb.cli:main"]},
 )

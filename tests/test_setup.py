@@ -6,7 +6,8 @@ import sys
 import pytest
 
 CLI = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "yaml"]
-OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers"]
+EXAMPLES = ["accelerate", "torchao", "nbclient", "nbformat", "ipykernel"]
+OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers", *EXAMPLES]
 
 
 def run_without(blocked: list[str], code: str) -> None:
