@@ -36,7 +36,7 @@ def main(epochs: int = 30, mixed_precision: str = "no") -> None:
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 3, "num_heads": 4}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes).to(accelerator.device)
     supernet = ofb.Supernet(model, target="50%", epochs=epochs, steps_per_epoch=len(loader))
-    optimizer = accelerator.prepare(torch.optim.AdamW(supernet.parameter_groups(), 1e-3))
+    optimizer = accelerator.prepare(torch.optim.AdamW(supernet.parameter_groups(), 2e-3))
     for _ in range(epochs):
         for x, y in loader:
             with accelerator.autocast():

@@ -25,7 +25,7 @@ def main(epochs: int = 30) -> None:
     loader = DataLoader(TensorDataset(images[:1497], targets[:1497]), 64, shuffle=True, drop_last=True)
 
     def train(model: torch.nn.Module, epochs: int) -> None:
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
         for _ in range(epochs):
             for x, y in loader:
                 F.cross_entropy(model(x), y).backward()
@@ -39,7 +39,7 @@ def main(epochs: int = 30) -> None:
 
     supernet = ofb.Supernet(model, target="50%", epochs=epochs, steps_per_epoch=len(loader))
     supernet.rank_scores([next(iter(loader))])  # the units the loss depends on start as the most important ones
-    optimizer = torch.optim.AdamW(supernet.parameter_groups(), 1e-3)
+    optimizer = torch.optim.AdamW(supernet.parameter_groups(), 2e-3)
     for _ in range(epochs):
         for x, y in loader:
             supernet.loss(x, y).total.backward()

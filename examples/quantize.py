@@ -23,7 +23,7 @@ def small_network(images: Tensor, targets: Tensor, epochs: int) -> nn.Module:
     """A ViT cut to half of its MACs by the weights it starts with, and trained."""
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 3, "num_heads": 4}
     model = ofb.Supernet(timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes), target="50%").extract()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
             F.cross_entropy(model(images[batch]), targets[batch]).backward()
