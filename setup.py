@@ -7,6 +7,7 @@ EXPORT = ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.3"]
 TRANSFORMERS = ["transformers>=5.9"]
 WANDB = ["wandb>=0.18"]
 BENCHMARK = ["torch-pruning>=1.6"]
+EXAMPLES = ["accelerate>=1", "torchao>=0.15", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "setuptools>=77"]
 TEST += ["webdataset>=0.2", "selenium>=4.20"]
 
@@ -40,7 +41,8 @@ setup(
         "transformers": TRANSFORMERS,
         "wandb": WANDB,
         "benchmark": BENCHMARK,
-        "test": TEST + CLI + EXPORT + TRANSFORMERS + WANDB + BENCHMARK,
+        "examples": CLI + EXAMPLES,
+        "test": TEST + CLI + EXPORT + TRANSFORMERS + WANDB + BENCHMARK + EXAMPLES,
     },
     entry_points={"console_scripts": ["ofb = ofb.cli:main"]},
 )

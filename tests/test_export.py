@@ -102,6 +102,23 @@ def test_entry_point_without_sizes():
         timm.create_model("ofb_network")
 
 
+def test_another_pooling_is_refused(pruned, tmp_path):
+    ofb.save(pruned, tmp_path)
+    with pytest.raises(ValueError, match="global_pool: expected 'token', the network's own, got 'avg'"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, global_pool="avg")
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_timm_saves_it_too(family, tmp_path):
+    network = pruned_network(NETWORKS[family]())
+    ofb.save(network, tmp_path / "ours")
+    loaded, images = ofb.load(tmp_path / "ours"), noise(network)
+    sizes = {"network": describe(network)}  # older timm does not remember what a model was made with
+    timm.models.save_for_hf(loaded, str(tmp_path / "theirs"), model_args=sizes, safe_serialization=True)
+    for load in (ofb.load, lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True).eval()):
+        assert torch.equal(load(tmp_path / "theirs")(images), network(images))
+
+
 def test_labels_stay(pruned, tmp_path):
     pruned.pretrained_cfg |= {"label_names": ["a", "b", "c", "d", "e"], "url": "https://example.com/dense.bin"}
     ofb.save(pruned, tmp_path)
@@ -184,6 +201,12 @@ def test_file_that_computes_something_else_is_not_written(pruned, tmp_path, monk
     with pytest.raises(ValueError, match="export: expected the network's logits within"):
         write(pruned, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_onnx_without_its_extra(pruned, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ofb-kernels\[export\]'"):
+        ofb.export_onnx(pruned, tmp_path / "model.onnx")
 
 
 def test_too_large_for_onnx(pruned, tmp_path, monkeypatch):

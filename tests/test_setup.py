@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 CLI = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "yaml"]
-OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers"]
+EXAMPLES = ["accelerate", "torchao", "nbclient", "nbformat", "ipykernel"]
+OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers", *EXAMPLES]
 
 
 def run_without(blocked: list[str], code: str) -> None:

@@ -29,6 +29,7 @@ def ofb_network(
     network: Mapping[str, Any] | None = None,
     pretrained_cfg: Mapping[str, Any] | None = None,
     img_size: int | tuple[int, int] | None = None,
+    global_pool: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """A network whose blocks have sizes of their own.
@@ -38,6 +39,7 @@ def ofb_network(
         network: its sizes, as `families.describe` gives them and config.json holds them.
         pretrained_cfg: timm's, of the weights.
         img_size: another size of images; the position embedding is resampled.
+        global_pool: the network's own; nothing else can be asked for.
         options: num_classes, in_chans, drop_rate (before the classifier), drop_path_rate, features_only, out_indices.
 
     Raises:
@@ -49,10 +51,12 @@ def ofb_network(
             'wrote: timm.create_model("local-dir:FOLDER", pretrained=True)'
         )
     described = on_meta(network)
+    if global_pool not in (None, described.global_pool):
+        raise ValueError(f"global_pool: expected {described.global_pool!r}, the network's own, got {global_pool!r}")
     given = pretrained_cfg or {}
     cfg = weights_cfg(described, given) | {key: given[key] for key in SOURCE if key in given}
     if pretrained and cfg.get("source") == "local-dir":
-        # Named as a file: timm before 1.0.24 finds no safetensors in a folder.
+        # Named as a file: timm 1.0.23 finds no safetensors in a folder.
         weights = Path(cfg["file"]) / WEIGHTS
         check_weights(described, weights)
         cfg |= {"source": "", "file": str(weights)}
@@ -62,7 +66,7 @@ def ofb_network(
         pretrained,
         pretrained_cfg=cfg,
         feature_cfg={"feature_cls": "getter", "out_indices": min(3, len(described.feature_info))},
-        kwargs_filter=("img_size", "global_pool"),
+        kwargs_filter=("img_size",),
         network=network,
         **{"num_classes": described.num_classes, "in_chans": network["in_chans"]} | options,
     )
