@@ -28,7 +28,10 @@ def test_an_entry_says_where_everything_stands(supernet):
     assert entry["pruned"] == [] and list(entry["submodules"]) == list(supernet.bimasks)
     for name, bimask in supernet.bimasks.items():
         found = entry["submodules"][name]
-        assert (tuple(found["heads"]), tuple(found["channels"])) == (bimask.candidates.heads, bimask.candidates.channels)
+        assert (tuple(found["heads"]), tuple(found["channels"])) == (
+            bimask.candidates.heads,
+            bimask.candidates.channels,
+        )
         assert torch.tensor(found["probabilities"]) == pytest.approx(bimask.probabilities().detach().numpy(), abs=1e-4)
         importance = bimask.score.sigmoid()
         assert found["importance"] == pytest.approx(
