@@ -1,10 +1,13 @@
 """Masked image modelling: how many patches are hidden, which, and that only their pixels count."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from ofb.supernet.masked_images import TokenArea, draw_areas, reconstruction_loss, replace_patches
+import ofb
+from ofb.supernet.masked_images import MaskedImages, TokenArea, draw_areas, reconstruction_loss, replace_patches
 from ofb_kernels import local_norm
+from tests.common import tiny_swin, tiny_vit
 
 
 def test_masked_patches_keep_their_share():
@@ -42,3 +45,39 @@ def test_reconstruction_counts_masked_pixels_only():
     drawn = decoded.take_along_dim(patches[..., None], 1)
     loss = reconstruction_loss(drawn, images, patches, torch.tensor([True, False]), pixels=(2, 2))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("positions", [None, torch.tensor([1, 2, 5, 7, 8, 10])])
+def test_pictures_show_what_the_loss_is_of(positions):
+    images = torch.randn(2, 3, 9, 14)  # the last row and the last columns belong to no area
+    module = MaskedImages(TokenArea(pixels=(2, 4), rows=4, columns=3), 3, first=5, last=6, most=0.5)
+    count = 12 if positions is None else len(positions)
+    tokens, ratio = torch.randn(2, count, 6), torch.tensor(0.25)
+    _, drawn, masked = module.hide(torch.randn(2, 12, 5), ratio, positions)
+    target, hidden, rebuilt = module.pictures(tokens, images, drawn, masked, positions)
+    assert torch.equal(target, local_norm(images))
+    is_hidden = hidden != target
+    assert not hidden[is_hidden].any() and torch.equal(rebuilt[~is_hidden], target[~is_hidden])
+    assert is_hidden.sum() == len(images) * masked.sum() * 3 * 2 * 4
+    error = (rebuilt - target)[is_hidden].abs().mean()
+    torch.testing.assert_close(error, module.loss(tokens, images, drawn, masked, positions))
+
+
+@pytest.mark.parametrize(
+    ("model", "space"),
+    [(tiny_vit, {}), (tiny_vit, {"tokens": True}), (tiny_swin, {})],
+    ids=["vit", "vit with a searched number of patches", "swin"],
+)
+def test_a_supernet_shows_what_it_rebuilds(model, space):
+    supernet = ofb.Supernet(
+        model(), "60%", space=ofb.SearchSpace(**space), epochs=2, steps_per_epoch=4, mask_ratio_end=0.25
+    )
+    images = torch.randn(3, 3, *supernet.model.patch_embed.img_size)
+    target, hidden, rebuilt = supernet.reconstruct(images)
+    assert torch.equal(target, local_norm(images)) and not rebuilt.requires_grad
+    assert 0 < (hidden == 0).float().mean() < 0.3 and not torch.equal(rebuilt, target)
+
+
+def test_without_masked_image_modelling_there_is_nothing_to_show():
+    with pytest.raises(ValueError, match="reconstruct: expected a supernet with masked image modelling"):
+        ofb.Supernet(tiny_vit(), epochs=1, steps_per_epoch=4).reconstruct(torch.randn(1, 3, 16, 16))

@@ -1,11 +1,49 @@
-"""The final comparison: exact figures, and shares of the first network's."""
+"""What a run did: the table of its networks, its pictures, and the page, which a real browser shows."""
 
+import html
+import json
+import re
+import shutil
+
+import pytest
 import torch
+from torchvision.io import decode_image, read_file
 
+import ofb
+from ofb.cli import main
 from ofb.export import count_params
-from ofb.report import comparison_table, cpu_latency, figures
+from ofb.report import comparison_table, cpu_latency, figures, write_report
+from ofb.report.chart import Band, Box, Chart, Line
+from ofb.report.run import Run
+from ofb.report.sections import sections
+from ofb.report.svg import draw
 from ofb.supernet.families import count_macs
 from tests.common import tiny_vit
+
+MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=2 num_heads=2 --device cpu --batch-size 128"
+SEARCH = "--epochs 4 --finetune-epochs 1 --mask-ratio-start 0.05 --mask-ratio-end 0.25 --lr 1e-3"
+PARTS = {
+    "networks", "architecture", "evolution", "accuracy", "losses", "candidates", "importance", "sparsity", "left-out",
+    "reconstruction", "options",
+}  # fmt: skip
+PICTURES = PARTS - {"networks", "reconstruction", "options"}  # those made of charts
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of real runs: `search`, and `dense` training."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main([*f"train {MODEL} --epochs 2 --output".split(), str(folder / "dense")]) == 0
+    assert main([*f"search {MODEL} {SEARCH} --output".split(), str(folder / "search")]) == 0
+    return folder
+
+
+def copied(run, to, without=()):
+    """A run as it was before these files were written."""
+    return shutil.copytree(run, to, ignore=shutil.ignore_patterns("report", *without))
+
+
+# ---- the table ----
 
 
 def test_table():
@@ -34,3 +72,158 @@ def test_measuring_leaves_a_network_as_it_was():
     cpu_latency({"network": network})
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+# ---- charts ----
+
+
+def test_a_chart_as_svg():
+    """Marks lie where the axes say: y = 0 at the bottom, y = 1 at the top, and what comes from outside is escaped."""
+    marks = [
+        Line([0, 10], [0.0, 1.0], "blue", "<top-1>"),
+        Band([0, 10], [0, 0], [1, 1], "#123456", opacity=0.5),
+        Box(0, 0, 10, 1, "gray", "all & more", hollow=True),
+    ]
+    chart = Chart('"Title"', "A <summary>.", marks, "epoch", "y", y_range=(0, 1))
+    svg = draw(chart)
+    left, right, bottom, top = 46, 350, chart.height - 34, 22
+    assert f'<polyline points="{left},{bottom} {right},{top}"' in svg
+    assert f'points="{left},{top} {right},{top} {right},{bottom} {left},{bottom}"' in svg
+    assert f'<rect x="{left}.0" y="{top}" width="{right - left}.0" height="{bottom - top}.0"' in svg
+    assert "&lt;top-1&gt;" in svg and "all &amp; more" in svg and "&quot;Title&quot;. A &lt;summary&gt;." in svg
+    assert "var(--blue)" in svg and "#123456" in svg
+    assert [word for word in chart.x_axis[1].values()] == ["0", "2", "4", "6", "8", "10"]
+
+
+def test_axes_of_flat_and_single_values():
+    for y in ([0.0, 0.0], [5.0, 5.0], [-3.0, -3.0]):
+        low, high = Chart("", "", [Line([1, 2], y, "blue")], "epoch", "y").y_axis[0]
+        assert low < y[0] < high
+    chart = Chart("", "", [Line([1], [2.0], "blue")], "epoch", "y")
+    assert list(chart.x_axis[1].values()) == ["1"] and "NaN" not in draw(chart)
+
+
+# ---- the report of a run ----
+
+
+def test_a_search_writes_its_report(runs):
+    report = runs / "search" / "report"
+    assert {path.name for path in report.iterdir()} == {"index.html", *(f"{part}.png" for part in PICTURES)}
+    for part in PICTURES:
+        picture = decode_image(read_file(str(report / f"{part}.png")))
+        assert len(picture.flatten(1).unique(dim=1).T) > 20, f"{part}.png is blank"
+    page = (report / "index.html").read_text()
+    assert set(re.findall(r'<section id="([\w-]+)"', page)) == PARTS
+
+
+def test_its_figures_are_those_of_the_run(runs):
+    page = (runs / "search" / "report" / "index.html").read_text()
+    found = json.loads((runs / "search" / "figures.json").read_text())
+    for network in found.values():
+        assert f"<td>{network['top1']:.2f}</td>" in page
+    compressed = ofb.load(runs / "search" / "export")
+    assert found["compressed"]["macs"] == count_macs(compressed)
+    for i, block in enumerate(compressed.blocks):
+        heads, hidden = block.attn.num_heads, block.mlp.fc1.out_features
+        size = f"{heads}×{block.attn.qkv.out_features // 3 // heads}"
+        assert f'<th scope="row">attn{i}</th><td>2×16</td><td>{size}</td>' in page
+        assert f'<th scope="row">mlp{i}</th><td>128</td><td>{hidden}</td>' in page
+    last = json.loads((runs / "search" / "history.jsonl").read_text().splitlines()[-1])
+    alive = sum(p is not None for each in last["submodules"].values() for row in each["probabilities"] for p in row)
+    assert f"at the start, {alive} in the end, for 5 submodules" in page
+
+
+def test_candidate_probabilities_add_up(runs):
+    charts = next(part for part in sections(Run.read(runs / "search")) if part.name == "candidates").all_charts
+    assert {chart.title.split(":")[0] for chart in charts} >= {"embed", "attn0", "mlp1"}
+    for chart in charts:
+        for i, _ in enumerate(chart.marks[0].x):
+            assert sum(band.high[i] - band.low[i] for band in chart.marks) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("without", "state", "missing"),
+    [
+        (["figures.json", "export"], "1 of 1 epochs of stage finetune are done", set()),
+        (
+            ["figures.json", "found.json", "importance.json"],
+            "1 of 1 epochs of stage finetune are done",
+            {"networks", "left-out"},
+        ),
+        (
+            ["figures.json", "found.json", "importance.json", "history.jsonl", "metrics.jsonl", "reconstruction.png"],
+            "no epoch is finished yet",
+            PARTS - {"options"},
+        ),
+    ],
+)
+def test_an_interrupted_run(runs, tmp_path, without, state, missing):
+    run = copied(runs / "search", tmp_path / "run", without)
+    page = write_report(run).read_text()
+    assert set(re.findall(r'<section id="([\w-]+)"', page)) == PARTS - missing
+    assert f"<dd>{state}</dd>" in page
+
+
+def test_dense_training(runs, capsys):
+    assert main(["report", str(runs / "dense")]) == 0
+    path = runs / "dense" / "report" / "index.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    page = path.read_text()
+    parts = {"networks", "architecture", "accuracy", "losses", "options"}
+    assert set(re.findall(r'<section id="([\w-]+)"', page)) == parts
+    assert '<th scope="row">attn1</th><td>2×16</td>' in page
+
+
+def test_several_targets(runs, tmp_path):
+    """As the run folder of such a search has it."""
+    run = copied(runs / "search", tmp_path / "run")
+    found, compared = (json.loads((run / name).read_text()) for name in ("found.json", "figures.json"))
+    found["networks"] = {target: found["networks"]["50%"] for target in ("50%", "30%")}
+    (run / "found.json").write_text(json.dumps(found))
+    (run / "figures.json").write_text(
+        json.dumps({"dense": compared["dense"], "50%": compared["compressed"], "30%": compared["compressed"]})
+    )
+    page = write_report(run).read_text()
+    for words in ("What is kept, target 50%", "What is kept, target 30%", '<th scope="col">30%</th>'):
+        assert words in page
+
+
+def test_text_of_the_run_is_escaped(runs, tmp_path):
+    attack = '"><script>alert(1)</script>'
+    run = copied(runs / "search", tmp_path / "run <b>")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("data: digits", f"data: '{attack}'"))
+    for name in ("metrics.jsonl", "history.jsonl", "found.json", "figures.json", "importance.json"):
+        text = (run / name).read_text()
+        for word in ("finetune", "50%", "compressed"):
+            text = text.replace(f'"{word}"', json.dumps(word + attack))
+        (run / name).write_text(text)
+    page = write_report(run).read_text()
+    assert "<script" not in page and "<b>" not in page
+    assert page.count(html.escape(attack)) > 5
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"ofb: run: expected a run folder with config.yaml or metrics.jsonl, got {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"stage": "search"'),
+        ("metrics.jsonl", '{"epoch": 1}\n'),
+        ("history.jsonl", '{"stage": "search", "epoch": 1}\n'),
+        ("found.json", "[]"),
+        ("figures.json", '{"dense": 7}'),
+        ("config.yaml", "a: [1"),
+    ],
+)
+def test_a_damaged_run(runs, tmp_path, capsys, name, text):
+    run = copied(runs / "search", tmp_path / "run")
+    (run / name).write_text(text)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ofb: run: ") and error.count("\n") == 1
+    assert not (run / "report").exists()
