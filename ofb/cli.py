@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +26,11 @@ from ofb.engine.data import create_loaders, create_model, create_teacher
 from ofb.engine.presets import preset
 from ofb.engine.search import make_supernet
 from ofb.engine.train import pick_device, seed_everything
-from ofb.export import CONFIG_FILE, FIGURES_FILE, ONNX_FILE, PROGRAM_FILE
+from ofb.export import ONNX_FILE, PROGRAM_FILE
 from ofb.report import comparison_table, figures
 
 USER_ERROR, INTERRUPTED = 2, 130
-EXPORT_FOLDER = "export"
+CONFIG_FILE, EXPORT_FOLDER = "config.yaml", "export"
 EXPORTS = {"onnx": (ofb.export_onnx, ONNX_FILE), "program": (ofb.export_program, PROGRAM_FILE)}
 
 
@@ -99,9 +98,7 @@ def run_train(config: TrainConfig) -> None:
         teacher = _teacher(config, model, None)
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
-        metrics = ofb.evaluate(model, loaders.test, config)
-        _write_figures(config, {"dense": metrics})
-        print(f"test  {_shown(metrics)}")
+        print(f"test  {_shown(ofb.evaluate(model, loaders.test, config))}")
     print(f"run folder: {config.output}")
 
 
@@ -120,9 +117,7 @@ def run_search(config: SearchConfig) -> None:
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         top1 = {name: ofb.evaluate(network, loaders.test, config)["top1"] for name, network in networks.items()}
-        compared = figures(networks, top1)
-        _write_figures(config, compared)
-    print(f"\n{comparison_table(compared)}\n\nrun folder: {config.output}")
+    print(f"\n{comparison_table(figures(networks, top1))}\n\nrun folder: {config.output}")
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -169,11 +164,6 @@ def _run(command: str, config: TrainingConfig) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: ofb {command} --resume --output {config.output}") from None
-
-
-def _write_figures(config: TrainingConfig, networks: Mapping[str, Mapping[str, float]]) -> None:
-    """Each network's figures on the test images, in the run folder."""
-    write_text(Path(config.output) / FIGURES_FILE, json.dumps(networks, indent=2) + "\n")
 
 
 def _started_with(config: TrainingConfig) -> TrainingConfig:

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import ofb
-from ofb.export import CONFIG_FILE, FIGURES_FILE, model_card
+from ofb.export.card import CONFIG_FILE, FIGURES_FILE, model_card
 from ofb.supernet.cost import readable
 from ofb.supernet.families import count_macs
 from tests.common import tiny_swin, tiny_vit
@@ -57,6 +57,18 @@ def test_card_without_a_run(tmp_path):
     assert "top-1" not in card and "How it was made" not in card and "dense |" not in card
     assert "| 0.0 | 16 |" in card and "| 1.1 | 32 |" in card
     assert f"| multiply-accumulates of an image | {readable(count_macs(network))} |" in card
+
+
+def test_card_takes_no_other_file_for_a_run(tmp_path):
+    ofb.save(tiny_vit(), tmp_path / "mine")
+    (tmp_path / CONFIG_FILE).write_text("model: secret\ntarget: 50%\n")
+    assert "secret" not in model_card(tmp_path / "mine", "me/small")
+
+
+def test_card_of_an_earlier_form(tmp_path):
+    (tmp_path / "config.json").write_text('{"format": 1, "architecture": {"family": "vit"}}')
+    with pytest.raises(ValueError, match="folder: expected a network in timm's form, got an earlier one in .*load and"):
+        ofb.push_to_hub(tmp_path, "me/small")
 
 
 def test_pushed_and_pulled(tmp_path):

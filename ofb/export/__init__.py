@@ -1,6 +1,6 @@
 """Networks for use elsewhere: saved folders that timm loads too, ONNX, torch programs, the Hugging Face hub."""
 
-from ofb.export.card import CONFIG_FILE, FIGURES_FILE, model_card
+from ofb.export.card import model_card
 from ofb.export.entry_point import ofb_network
 from ofb.export.folder import ARCHITECTURE, WEIGHTS, load, save
 from ofb.export.hub import push_to_hub
@@ -9,8 +9,6 @@ from ofb.export.sizes import count_params
 
 __all__ = [
     "ARCHITECTURE",
-    "CONFIG_FILE",
-    "FIGURES_FILE",
     "ONNX_FILE",
     "PROGRAM_FILE",
     "WEIGHTS",
