@@ -58,7 +58,7 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert run("export", str(folder), "--format", "program") == 0
     path = folder / "export" / "model.pt2"
     assert path.exists() and f"{path}  logits within " in capsys.readouterr().out
-    assert "| top-1 on the test images |" in model_card(folder / "export", "me/small")
+    assert "inside a trained network by one search (target 60%)" in model_card(folder / "export", "me/small")
 
 
 def test_wished_sizes(dense_run, tmp_path, capsys):

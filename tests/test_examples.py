@@ -16,7 +16,7 @@ def run(name: str, *options: str, monkeypatch, capsys) -> str:
 
 
 def test_language_model(monkeypatch, capsys):
-    shown = run("language_model.py", "--steps", "12", monkeypatch=monkeypatch, capsys=capsys)
+    shown = run("language_model.py", "--steps", "8", monkeypatch=monkeypatch, capsys=capsys)
     found = re.findall(r"(\S+)  widths +([\d ]+)  ([\d.]+) bits per character", shown)
     assert [name for name, *_ in found] == ["dense", "everywhere", "searched"]
     widths = [int(width) for width in found[-1][1].split()]
@@ -40,7 +40,7 @@ def test_cut_computes_what_the_mask_computed():
 
 
 def test_own_loop(monkeypatch, capsys):
-    shown = run("own_loop.py", "--epochs", "3", monkeypatch=monkeypatch, capsys=capsys)
+    shown = run("own_loop.py", "--epochs", "2", monkeypatch=monkeypatch, capsys=capsys)
     dense, found = (int(params.replace(",", "")) for params in re.findall(r"parameters ([\d,]+)", shown))
     assert found < 0.6 * dense
 
@@ -54,7 +54,7 @@ def test_accelerate_loop(monkeypatch, capsys):
 
 
 def test_quantize(monkeypatch, capsys):
-    shown = run("quantize.py", "--epochs", "5", monkeypatch=monkeypatch, capsys=capsys)
+    shown = run("quantize.py", "--epochs", "3", monkeypatch=monkeypatch, capsys=capsys)
     top1 = [float(share) for share in re.findall(r"top-1 ([\d.]+)%", shown)]
     size = [int(kilobytes) for kilobytes in re.findall(r"(\d+) KB", shown)]
     assert abs(top1[0] - top1[1]) <= 2 and size[1] < 0.5 * size[0]
@@ -69,7 +69,7 @@ def test_notebook_runs_top_to_bottom(tmp_path, monkeypatch):
     notebook = nbformat.read(EXAMPLES / "search.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in code), "outputs are made, not kept"
-    code[0].source = code[0].source.replace("epochs = 15", "epochs = 3")
+    code[0].source = code[0].source.replace("epochs = 15", "epochs = 2")
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in code for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)

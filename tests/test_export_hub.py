@@ -60,6 +60,18 @@ def test_card_without_a_run(tmp_path):
     assert f"| multiply-accumulates of an image | {readable(count_macs(network))} |" in card
 
 
+def test_card_takes_no_other_file_for_a_run(tmp_path):
+    ofb.save(tiny_vit(), tmp_path / "mine")
+    (tmp_path / CONFIG_FILE).write_text("model: secret\ntarget: 50%\n")
+    assert "secret" not in model_card(tmp_path / "mine", "me/small")
+
+
+def test_card_of_an_earlier_form(tmp_path):
+    (tmp_path / "config.json").write_text('{"format": 1, "architecture": {"family": "vit"}}')
+    with pytest.raises(ValueError, match="folder: expected a network in timm's form, got an earlier one in .*load and"):
+        ofb.push_to_hub(tmp_path, "me/small")
+
+
 def test_pushed_and_pulled(tmp_path):
     """The client is the real one, and so is every request; the hub runs on this machine."""
     ofb.save(tiny_vit(), tmp_path / "network")

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ofb.engine.run_folder import CONFIG_FILE, FIGURES_FILE
+from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE
+from ofb.export.entry_point import NAME
 from ofb.export.folder import ARCHITECTURE
 from ofb.supernet.cost import readable
 
@@ -34,9 +35,14 @@ def model_card(folder: str | Path, repository: str) -> str:
     Args:
         folder: of the saved network; where it lies in a run folder, the card tells of the run as well.
         repository: USER/NAME.
+
+    Raises:
+        ValueError: an earlier version saved the network, in a form that timm does not load.
     """
     folder = Path(folder)
     config = json.loads((folder / ARCHITECTURE).read_text())
+    if config["architecture"] != NAME:
+        raise ValueError(f"folder: expected a network in timm's form, got an earlier one in {folder}: load and save it")
     options, figures = _run(folder)
     parts = (
         FRONT_MATTER,
@@ -55,9 +61,10 @@ def _run(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """Options of the run the network comes from, and figures of the dense network and this one; empty if unknown."""
     import yaml
 
-    run = next((parent for parent in folder.resolve().parents[:2] if (parent / CONFIG_FILE).is_file()), None)
-    if run is None:
+    export = next((each for each in (folder.resolve(), folder.resolve().parent) if each.name == EXPORT_FOLDER), None)
+    if export is None or not (export.parent / CONFIG_FILE).is_file():
         return {}, {}
+    run = export.parent
     options, figures = yaml.safe_load((run / CONFIG_FILE).read_text()), {}
     if (run / FIGURES_FILE).is_file():
         found = json.loads((run / FIGURES_FILE).read_text())

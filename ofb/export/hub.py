@@ -33,14 +33,14 @@ def push_to_hub(folder: str | Path, repository: str, private: bool = False) -> s
     user, slash, name = repository.partition("/")
     if not (user and slash and name) or "/" in name:
         raise ValueError(f"push_to_hub: expected USER/NAME, got {repository!r}")
+    folder, api, card = Path(folder), HfApi(library_name="ofb-kernels"), model_card(folder, repository)
     if get_token() is None:
         raise ValueError("push_to_hub: expected a token of the hub, got none; run `hf auth login` or set HF_TOKEN")
-    folder, api = Path(folder), HfApi(library_name="ofb-kernels")
     files = [CommitOperationAdd(file, folder / file) for file in FILES if (folder / file).is_file()]
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         if not api.file_exists(repository, CARD):
-            files.append(CommitOperationAdd(CARD, model_card(folder, repository).encode()))
+            files.append(CommitOperationAdd(CARD, card.encode()))
         api.create_commit(repository, files, commit_message="Add the network")
     except Exception as error:  # which exceptions there are depends on the client's version
         reason = (str(error) or type(error).__name__).splitlines()[0]
