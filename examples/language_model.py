@@ -4,7 +4,10 @@ A small character model reads the documentation that ships with Python. Each blo
 each hidden unit (which ones), and a logit for each candidate width (how many). Both are learned with the weights, while
 a loss brings the expected width to the budget. Then the masks are folded into the weights and the rest is cut off.
 
-    python examples/language_model.py                # four minutes on one CPU core
+    python examples/language_model.py                # three minutes on one CPU core
+
+With so little training the network found is about as good as one of the same width everywhere (2.203 and 2.194 bits per
+character, the dense one 2.116; one seed).
 """
 
 import math
