@@ -6,7 +6,7 @@ import sys
 import pytest
 
 CLI = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "yaml"]
-OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers"]
+OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers", "wandb"]
 
 
 def run_without(blocked: list[str], code: str) -> None:
