@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 CLI = ["tyro", "rich", "tensorboard", "matplotlib", "sklearn", "yaml"]
 EXAMPLES = ["accelerate", "torchao", "nbclient", "nbformat", "ipykernel"]
-OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers", *EXAMPLES]
+OPTIONAL = [*CLI, "onnx", "onnxruntime", "onnxscript", "transformers", "wandb", *EXAMPLES]
 
 
 def run_without(blocked: list[str], code: str) -> None:
