@@ -9,7 +9,7 @@ import timm
 import torch
 
 import ofb_kernels
-from benchmarks import floors, page
+from benchmarks import floors, page, scaling
 from benchmarks.floors import SIZES, Rates, Sizes
 from benchmarks.measure import COLUMNS, ROOT, interleave, measure, quantiles, ratio_to, read_csv, write_csv
 from benchmarks.ops import PASSES, cases, forms_of, runs_of
@@ -105,3 +105,9 @@ def test_floors_print_without_a_gpu():
     command = [sys.executable, "-m", "benchmarks.floors", "--model", "deit_small", "--batch-size", "256"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "masked_attention forward" in printed and "step" in printed
+
+
+def test_scaling_times_each_step():
+    arguments = Namespace(device="cpu", batch_size=2, amp=False, model="vit_tiny_patch16_224", steps=2)
+    seconds = scaling.step_seconds(arguments)
+    assert len(seconds) == 2 and min(seconds) > 0

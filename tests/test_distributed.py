@@ -12,7 +12,7 @@ import torch
 
 from ofb.cli import main
 from ofb.engine.checkpoint import load_checkpoint
-from ofb.engine.distributed import check_alike, in_job, on_main, process_group, rank
+from ofb.engine.distributed import check_alike, check_device, in_job, on_main, process_group, processes, rank
 from tests.jobs import RUN, found_by_search, loaders, what_a_process_finds
 
 ROOT = Path(__file__).parent.parent
@@ -120,12 +120,44 @@ def test_killed_job_carries_on(tmp_path):
     assert not [name for name in names if name.startswith(".")], "nothing half written is left"
 
 
-def test_a_job_that_may_restart_needs_a_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def by_torchrun(monkeypatch):
+    """As if torchrun had started this process, alone."""
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
+    yield monkeypatch
+    if in_job():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_job_of_one_process_finds_the_same(by_torchrun, single, tmp_path):
+    with process_group():
+        assert in_job() and processes() == 1
+        found = found_by_search(str(tmp_path))
+    assert not in_job()
+    assert found["sizes"] == single["sizes"] and found["metrics"] == single["metrics"]
+    assert all(torch.equal(weight, single["weights"][name]) for name, weight in found["weights"].items())
+
+
+def test_processes_do_not_share_a_gpu(by_torchrun):
+    with process_group():
+        check_device(torch.device("cuda:0"))
+        by_torchrun.setenv("LOCAL_WORLD_SIZE", "2")
+        check_device(torch.device("cpu"))
+        with pytest.raises(ValueError, match="device: expected a GPU for each of the 2 processes, got 1"):
+            check_device(torch.device("cuda:0"))
+
+
+def test_a_restart_on_several_machines_needs_a_fresh_meeting_place(by_torchrun, capsys):
+    by_torchrun.setenv("GROUP_WORLD_SIZE", "2")
+    by_torchrun.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert main(RUN.split()) == 2
-    torch.distributed.destroy_process_group()
+    assert "torchrun: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+
+
+def test_a_job_that_may_restart_needs_a_folder(by_torchrun, tmp_path, capsys):
+    by_torchrun.chdir(tmp_path)
+    assert main(RUN.split()) == 2
     assert "output: expected a folder where a job that restarts finds its run again" in capsys.readouterr().err
 
 

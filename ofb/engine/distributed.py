@@ -35,7 +35,7 @@ def process_group() -> Iterator[None]:
     Raises:
         ValueError: torchrun may start the job anew, but not in a way in which the processes would find each other.
     """
-    if in_job() or not dist.is_torchelastic_launched():
+    if in_job() or not _by_torchrun():
         yield
         return
     gpu = int(os.environ["LOCAL_RANK"])
@@ -74,7 +74,7 @@ def is_main() -> bool:
 
 def may_restart() -> bool:
     """Whether torchrun starts the job anew when a process fails."""
-    return dist.is_torchelastic_launched() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0
+    return _by_torchrun() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0
 
 
 def was_restarted() -> bool:
@@ -99,20 +99,25 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def _meeting_place() -> tuple[dist.Store, int, int]:
+def _by_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def _meeting_place() -> tuple["dist.Store", int, int]:
     """Where the processes exchange their addresses, number of this one, and how many there are.
 
     From torch 2.5 on, torchrun keeps this store when it starts the job anew, and with it the addresses of the dead
     (pytorch/pytorch#135712). On one machine a prefix tells the living from them.
     """
-    store, number, count = next(dist.rendezvous("env://"))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    elif may_restart() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    one_machine = os.environ["GROUP_WORLD_SIZE"] == "1"
+    if not one_machine and may_restart() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
             "torchrun: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment on every machine, got none; "
             "without it, processes on several machines do not find each other again after a restart; set it"
         )
+    store, number, count = next(dist.rendezvous("env://"))
+    if one_machine:
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store, number, count
 
 
