@@ -79,8 +79,8 @@ def test_the_first_search_runs_as_it_stands(tmp_path, monkeypatch):
 def test_commands_exist_with_these_options(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in commands(page):
-        if words[0] == "ofb":
-            _, command, *arguments = words
+        if words[0] in ("ofb", "torchrun"):
+            command, *arguments = words[words.index("ofb") + 1 :]
             if "--resume" not in arguments:  # takes its options from the run
                 parse(command, COMMANDS[command][1], arguments)
         elif words[0] == "make":
