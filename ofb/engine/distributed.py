@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 Result = TypeVar("Result")
 LossOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -161,16 +162,18 @@ def mean_over_processes(values: Tensor) -> Tensor:
 def start_alike(module: nn.Module) -> None:
     """Give every process the parameters of the first."""
     if in_job():
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, src=0)
+        parameters = list(module.parameters())
+        values = parameters_to_vector(parameters).detach()
+        dist.broadcast(values, src=0)
+        for parameter, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
+            parameter.data.copy_(part.view_as(parameter))
 
 
 def average_gradients(module: nn.Module) -> None:
     """Replace all gradients by their mean over the processes."""
     if in_job():
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                parameter.grad = mean_over_processes(parameter.grad)
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        vector_to_parameters(mean_over_processes(parameters_to_vector(gradients)), gradients)
 
 
 def check_alike(parts: Mapping[str, Iterable[Tensor]], when: str) -> None:
