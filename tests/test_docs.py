@@ -53,7 +53,12 @@ def test_python_runs(page, tmp_path, monkeypatch):
 
 def without_download(monkeypatch, transformers) -> None:
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
+
+    def create_model(name, pretrained=False, **options):
+        saved = name.replace("hf-hub:USER/NAME", "local-dir:compressed")
+        return create(saved, pretrained=saved.startswith("local-dir:"), **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
     if transformers is not None:
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
         made = {

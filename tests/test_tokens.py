@@ -264,7 +264,7 @@ def test_damaged_number_of_patches(tmp_path):
     path = tmp_path / "config.json"
     for wrong in (0, 17, "8", 1.5, -3):
         config = json.loads(path.read_text())
-        config["architecture"]["kept_patches"] = wrong
+        config["model_args"]["network"]["kept_patches"] = wrong
         path.write_text(json.dumps(config))
         with pytest.raises(ValueError, match="is damaged"):
             ofb.load(tmp_path)

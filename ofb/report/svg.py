@@ -49,6 +49,10 @@ class Plane:
         share = (value - self.x_low) / (self.x_high - self.x_low)
         return round(self.left + share * (WIDTH - RIGHT - self.left), 1)
 
+    def word_center(self, value: float, word: str) -> float:
+        """Where a tick's word is centred below the x axis: at the tick, unless it would stick out at the right."""
+        return min(self.x(value), round(WIDTH - CHARACTER * len(word) / 2, 1))
+
     def y(self, value: float) -> float:
         share = (value - self.y_low) / (self.y_high - self.y_low)
         return round(self.bottom - share * (self.bottom - TOP), 1)
@@ -65,7 +69,7 @@ class Plane:
             for at, word in self.y_ticks.items()
         ]
         x_words = [
-            f'<text x="{self.x(at)}" y="{self.bottom + 14}" text-anchor="middle">{escape(word)}</text>'
+            f'<text x="{self.word_center(at, word)}" y="{self.bottom + 14}" text-anchor="middle">{escape(word)}</text>'
             for at, word in self.x_ticks.items()
         ]
         frame = f'<line class="axis" x1="{self.left}" x2="{right}" y1="{self.bottom}" y2="{self.bottom}"/>'
