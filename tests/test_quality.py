@@ -193,4 +193,4 @@ def test_the_reduced_grid_is_part_of_the_grid():
 def test_difference_of_means():
     lead, error = difference(Mean.of([90, 91, 92]), Mean.of([89, 89, 89]))
     assert lead == 2 and error == pytest.approx(1 / math.sqrt(3))
-    assert str(Mean.of([90, 91, 92])) == "91.00 ± 1.00" and Mean.of([5]).deviation == 0
+    assert str(Mean.of([90, 91, 92])) == "91.00 ± 1.00" and Mean.of([5]).deviation == 0 and str(Mean.of([5])) == "5.00"

@@ -91,7 +91,9 @@ def _table(found: Series, target: str) -> Iterator[str]:
     for method in sorted(methods, key=lambda name: -test[name].mean):
         runs, lead, ofb = methods[method], "", "ofb" + method[len(method.split(TAUGHT)[0]) :]
         if method != ofb and ofb in test:  # like with like: a method that has a teacher with OFB that has one
-            lead = "{:+.2f} ± {:.2f}".format(*difference(test[ofb], test[method]))
+            ahead, error = difference(test[ofb], test[method])
+            known = min(test[ofb].count, test[method].count) > 1  # a single seed has no spread
+            lead = f"{ahead:+.2f} ± {error:.2f}" if known else f"{ahead:+.2f}"
         left = [int(row["left_open"]) for row in runs if row["left_open"]]
         left_open = f"{sum(left) / len(left):.1f}" if left else ""
         epochs, seconds = _mean(_epochs(row) for row in runs), _mean(float(row["seconds"]) for row in runs)

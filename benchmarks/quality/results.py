@@ -26,7 +26,7 @@ class Mean:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.deviation:.2f}"
+        return f"{self.mean:.2f} ± {self.deviation:.2f}" if self.count > 1 else f"{self.mean:.2f}"
 
 
 def difference(a: Mean, b: Mean) -> tuple[float, float]:
