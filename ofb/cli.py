@@ -296,7 +296,10 @@ def _starting_model(config: TrainingConfig) -> nn.Module:
 
 def _in_one_line(error: Exception) -> str:
     """What went wrong; without the traceback, if a worker process sent it along."""
-    return " ".join(str(error).rpartition(f"{type(error).__name__}: ")[2].split())
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split())
 
 
 def _tell_skipped(loaders: Loaders) -> None:

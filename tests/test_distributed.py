@@ -44,7 +44,7 @@ def job(request, tmp_path_factory) -> list[dict]:
     torch.multiprocessing.start_processes(
         what_a_process_finds, (request.param, str(folder)), request.param, start_method="forkserver"
     )
-    found = [torch.load(folder / f"{number}.pt") for number in range(request.param)]
+    found = [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(request.param)]
     found[0]["folder"] = folder / "run"
     return found
 

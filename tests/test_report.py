@@ -11,15 +11,17 @@ from torchvision.io import decode_image, read_file
 
 import ofb
 from ofb.cli import main
+from ofb.engine.history import History
+from ofb.engine.journal import Journal
 from ofb.export import count_params
-from ofb.report import comparison_table, cpu_latency, figures
+from ofb.report import comparison_table, cpu_latency, figures, write_report
 from ofb.report.chart import Band, Box, Chart, Line
 from ofb.report.page import page
 from ofb.report.run import Run
 from ofb.report.sections import sections
 from ofb.report.svg import draw
 from ofb.supernet.families import count_macs
-from tests.common import tiny_vit
+from tests.common import tiny_swin, tiny_vit
 
 MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=2 num_heads=2 --device cpu --batch-size 128"
 SEARCH = "--epochs 4 --finetune-epochs 1 --mask-ratio-start 0.05 --mask-ratio-end 0.25 --lr 1e-3"
@@ -208,6 +210,24 @@ def test_text_of_the_run_is_escaped(runs, tmp_path):
     shown = page_of(run)
     assert "<script" not in shown and "<b>" not in shown
     assert shown.count(html.escape(attack)) > 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [tiny_swin, lambda: tiny_vit("vit_base_patch16_siglip_224"), tiny_vit],
+    ids=["swin", "map pooling", "tokens"],
+)
+def test_submodules_of_every_kind(make, tmp_path):
+    """A search of each family ends with its report."""
+    supernet = ofb.Supernet(make(), "70%", epochs=1, steps_per_epoch=2, space=ofb.SearchSpace(tokens=make is tiny_vit))
+    history, losses = History(supernet), {"loss": 1.0, "classification": 1.0, "val_loss": 1.0}
+    with Journal(ofb.SearchConfig(output=str(tmp_path), epochs=1), "search") as journal:
+        journal.record_history(-1, history)
+        journal.record(0, losses | {"val_top1": 50.0, "val_top5": 90.0})
+        journal.record_history(0, history)
+    text = write_report(tmp_path).read_text()
+    assert all(f"{name}: " in text for name in supernet.bimasks)
+    assert len(re.findall('<tr><th scope="row">(?:embed|attn|mlp|pool|tokens)', text)) >= len(supernet.bimasks)
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
 
 from ofb.engine.config import DataConfig, TrainingConfig
-from ofb.engine.readable import ReadableImages
+from ofb.engine.readable import PassesTransform, ReadableImages
 from ofb.engine.shards import loader_batch_size
 from ofb.supernet.families import family_of
 
@@ -251,16 +251,8 @@ def _repeating(loader: DataLoader | PrefetchLoader, repeats: int) -> DataLoader 
     return loader
 
 
-class _Part(Subset):
-    """A subset that passes on the transform which timm's loader sets."""
-
-    @property
-    def transform(self) -> Callable | None:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Callable | None) -> None:
-        self.dataset.transform = transform
+class _Part(PassesTransform, Subset):
+    """Some images of a data set."""
 
 
 def _dataset(config: DataConfig, split: str, expected: dict[str, Any], is_training: bool = False) -> Dataset:

@@ -9,7 +9,21 @@ from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
 
-class ReadableImages(Dataset):
+class PassesTransform:
+    """A data set on another one, whose transform is that one's: timm's loader sets it on the outer one."""
+
+    dataset: Dataset
+
+    @property
+    def transform(self) -> Callable | None:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Callable | None) -> None:
+        self.dataset.transform = transform
+
+
+class ReadableImages(PassesTransform, Dataset):
     """timm's data set of image files, without its silence about those that cannot be read.
 
     Args:
@@ -52,14 +66,6 @@ class ReadableImages(Dataset):
     @property
     def reader(self) -> Any:
         return self.dataset.reader
-
-    @property
-    def transform(self) -> Callable | None:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Callable | None) -> None:
-        self.dataset.transform = transform
 
     def _reason(self, index: int) -> str:
         """What stands in the way of reading an image, which timm does not tell."""

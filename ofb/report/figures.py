@@ -1,9 +1,8 @@
 """Networks side by side: accuracy, costs and latency."""
 
 import copy
-import statistics
-import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,8 +11,7 @@ from ofb.engine.data import data_config
 from ofb.export import count_params
 from ofb.supernet.cost import readable
 from ofb.supernet.families import count_macs
-
-WARMUP_RUNS, TIMED_RUNS = 10, 100
+from ofb.supernet.latency import time_calls
 
 
 def figures(
@@ -28,7 +26,6 @@ def figures(
     }
 
 
-@torch.inference_mode()
 def cpu_latency(networks: Mapping[str, nn.Module]) -> dict[str, float]:
     """Median milliseconds of each network for one image on the CPU, with torch's present number of threads.
 
@@ -36,13 +33,8 @@ def cpu_latency(networks: Mapping[str, nn.Module]) -> dict[str, float]:
     """
     copies = {name: copy.deepcopy(network).cpu().eval() for name, network in networks.items()}
     images = {name: torch.randn(1, *data_config(network)["input_size"]) for name, network in copies.items()}
-    times = {name: [] for name in copies}
-    for _ in range(WARMUP_RUNS + TIMED_RUNS):
-        for name, network in copies.items():
-            start = time.perf_counter()
-            network(images[name])
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(measured[WARMUP_RUNS:]) for name, measured in times.items()}
+    calls = {name: partial(network, images[name]) for name, network in copies.items()}
+    return time_calls(calls, torch.device("cpu"))
 
 
 def comparison_table(networks: Mapping[str, Mapping[str, float]]) -> str:

@@ -8,8 +8,8 @@ from ofb.engine.history import describe_size
 from ofb.report.chart import Band, Box, Chart, Line, ramp, shown
 from ofb.report.run import SO_FAR, Run, Sizes
 
-KINDS = {"embed": "Residual width", "attn": "Attention", "mlp": "MLP", "tokens": "Patches"}
-KIND_COLORS = {"embed": "green", "attn": "blue", "mlp": "orange", "tokens": "pink"}
+KINDS = {"embed": "Residual width", "attn": "Attention", "mlp": "MLP", "pool": "Pooling", "tokens": "Patches"}
+KIND_COLORS = {"embed": "green", "attn": "blue", "mlp": "orange", "pool": "gray", "tokens": "pink"}
 MOST_EPOCHS = 60  # drawn of a longer search, evenly chosen
 MOST_SAMPLES = 8  # of candidates in a legend
 ROW = 13  # pixels of a submodule's row
