@@ -18,6 +18,7 @@ from benchmarks.quality.images import Batches, small_images
 from benchmarks.quality.results import FOLDER, Mean, difference, read_rows, write_rows
 from ofb.export import count_params
 from ofb.supernet.families import count_macs, describe, vit
+from ofb.supernet.ranking import magnitudes
 from tests.common import tiny_vit
 
 IMAGES, TARGETS = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
@@ -53,7 +54,7 @@ def test_rivals_meet_the_target(name, share, tmp_path):
 def test_shrinking_by_nothing_changes_nothing():
     dense = tiny_vit().eval()
     sizes = {name: submodule.candidates.full for name, submodule in vit.submodules(dense).items()}
-    same = rivals.shrink(dense, sizes, rivals.magnitudes(dense))
+    same = rivals.shrink(dense, sizes, magnitudes(dense))
     torch.testing.assert_close(same(IMAGES), dense(IMAGES))
 
 
@@ -70,7 +71,7 @@ def test_shrinking_takes_dead_units_first():
             parameter[dead] = 0
     sizes = {name: submodule.candidates.full for name, submodule in vit.submodules(dense).items()}
     sizes["mlp0"] = (1, sizes["mlp0"][1] // 2)
-    small = rivals.shrink(dense, sizes, rivals.magnitudes(dense))
+    small = rivals.shrink(dense, sizes, magnitudes(dense))
     assert describe(small)["blocks"][0]["hidden"] == sizes["mlp0"][1]
     torch.testing.assert_close(small(IMAGES), dense(IMAGES))
 

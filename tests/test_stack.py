@@ -6,7 +6,7 @@ import torch
 from ofb.supernet import adaptive_one_hot_loss
 from ofb.supernet.bimask import BiMask
 from ofb.supernet.search_space import Candidates
-from ofb.supernet.stack import Padding, Stack
+from ofb.supernet.stack import Padding, Stack, Stacks
 
 LAM = torch.tensor(0.3)
 
@@ -59,3 +59,16 @@ def test_padding_there_and_back():
     padded = padding(flat, 0.0)
     assert padded.tolist() == [[[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]], [[7, 8, 9, 10, 11], [0, 0, 0, 0, 0]]]
     assert torch.equal(padding.take(padded), flat)
+
+
+def test_attention_has_a_score_penalty_of_its_own():
+    bimasks = {name: BiMask(Candidates((2, 4), (2, 4))) for name in ("attn0", "mlp0")}
+    stacks = Stacks(bimasks)
+    plain = stacks.one_hot_loss({"attention": 0.0, "others": 0.0})
+    importance = {name: bimask.score.sigmoid().sum() for name, bimask in bimasks.items()}
+    for penalties in ({"attention": 2.0, "others": 0.0}, {"attention": 0.0, "others": 3.0}):
+        expected = penalties["attention"] * importance["attn0"] + penalties["others"] * importance["mlp0"]
+        torch.testing.assert_close(stacks.one_hot_loss(penalties) - plain, expected)
+    assert stacks.names == ["attn0", "mlp0"]
+    lam = torch.tensor(0.5)
+    assert set(stacks.masks(lam)) == {"attn0", "mlp0"} and set(stacks.masks(lam, {"mlp0"})) == {"mlp0"}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ofb.supernet.budget import choose_sizes
 from ofb.supernet.families import build, count_macs, describe, vit
-from ofb.supernet.pruning import keep_units, squared_weight, unit_sums
+from ofb.supernet.pruning import keep_units
+from ofb.supernet.ranking import magnitudes
 from ofb_kernels.reference import unit_ranks
 
 Size = tuple[int, int]  # heads, channels; one head for submodules without
@@ -82,23 +83,16 @@ def uniform_sizes(dense: nn.Module, target: int) -> dict[str, Size]:
     return sizes(max(share for share in shares if costs[share] <= target))
 
 
-def magnitudes(model: nn.Module) -> dict[str, Tensor]:
-    """‖weights‖² of each unit (H, d), over everything that belongs to it."""
-    return {
-        name: unit_sums(model, s.couplings, s.candidates.full, squared_weight).view(s.candidates.full)
-        for name, s in vit.submodules(model).items()
-    }
-
-
 @torch.no_grad()
 def shrink(dense: nn.Module, sizes: Mapping[str, Size], importance: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the network at these sizes, with the most important units (H, d) of each submodule."""
+    """A copy of the network at these sizes, with the most important units (H · d,) of each submodule."""
     model = copy.deepcopy(dense)
     submodules = vit.submodules(model)
     for name, (heads, channels) in sizes.items():
-        head_rank, channel_rank = unit_ranks(_logits(importance[name]))
+        full = submodules[name].candidates.full
+        head_rank, channel_rank = unit_ranks(_logits(importance[name].view(full)))
         kept = ((head_rank[:, None] < heads) & (channel_rank < channels)).flatten().nonzero().flatten()
-        keep_units(model, submodules[name].couplings, kept, submodules[name].candidates.full, None)
+        keep_units(model, submodules[name].couplings, kept, full, None)
     vit.sync_sizes(model, [sizes[f"attn{i}"] for i in range(len(model.blocks))])
     ones = {name: torch.ones(submodule.candidates.full) for name, submodule in vit.submodules(model).items()}
     vit.fold(model, ones, {})

@@ -1,7 +1,6 @@
 """Physical removal of units: parameters and optimizer moments shrink alike, and parameters stay the same objects."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -34,36 +33,6 @@ class Coupling:
         if self.heads:
             return (units // channels).unique()
         return torch.cat([units + repeat * heads * channels for repeat in range(self.repeats)])
-
-
-@torch.no_grad()
-def unit_sums(
-    module: nn.Module, couplings: Iterable[Coupling], size: Size, figure: Callable[[nn.Parameter], Tensor]
-) -> Tensor:
-    """Sum of a figure of each weight, a tensor of the parameter's shape, over each of a submodule's units, (units,).
-
-    What belongs to a whole head says nothing of its channels and does not count.
-    """
-    total = torch.zeros((), device=next(module.parameters()).device)
-    for coupling in couplings:
-        parameter = attrgetter(coupling.parameter)(module)
-        if not coupling.heads and parameter.is_floating_point():
-            figures = figure(parameter).movedim(coupling.dim, 0)
-            total = total + figures.reshape(coupling.repeats, math.prod(size), -1).sum((0, 2))
-    return total
-
-
-def squared_weight(parameter: nn.Parameter) -> Tensor:
-    """w², by which a unit's sum is its magnitude."""
-    return parameter.detach().square()
-
-
-def squared_taylor(parameter: nn.Parameter) -> Tensor:
-    """(w · ∂L/∂w)²: what the loss would change by, to first order, without the weight, squared.
-
-    Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8.
-    """
-    return torch.zeros_like(parameter) if parameter.grad is None else (parameter.detach() * parameter.grad).square()
 
 
 def keep_units(

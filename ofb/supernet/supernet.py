@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ofb.supernet import decisions
+from ofb.supernet import decisions, ranking
 from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, reachable
 from ofb.supernet.cost_kinds import costs_of
@@ -21,7 +21,7 @@ from ofb.supernet.latency import LatencyTable
 from ofb.supernet.losses import Criterion, Losses
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
-from ofb.supernet.pruning import Coupling, keep_units, squared_taylor, squared_weight, unit_sums
+from ofb.supernet.pruning import Coupling, keep_units
 from ofb.supernet.schedules import Course
 from ofb.supernet.search_space import TOKENS, SearchSpace
 from ofb.supernet.stack import Stacks
@@ -127,13 +127,14 @@ class Supernet(nn.Module):
             settling=settling,
             prunes_per_epoch=prunes_per_epoch,
         )
-        if residual_mask not in RESIDUAL_MASKS:
-            raise ValueError(f"residual_mask: expected one of {', '.join(RESIDUAL_MASKS)}, got {residual_mask!r}")
-        if score_init not in SCORE_INITS:
-            raise ValueError(f"score_init: expected one of {', '.join(SCORE_INITS)}, got {score_init!r}")
-        if architecture_init not in ARCHITECTURE_INITS:
-            expected = ", ".join(ARCHITECTURE_INITS)
-            raise ValueError(f"architecture_init: expected one of {expected}, got {architecture_init!r}")
+        choices = {
+            "residual_mask": (residual_mask, RESIDUAL_MASKS),
+            "score_init": (score_init, SCORE_INITS),
+            "architecture_init": (architecture_init, ARCHITECTURE_INITS),
+        }
+        for name, (value, expected) in choices.items():
+            if value not in expected:
+                raise ValueError(f"{name}: expected one of {', '.join(expected)}, got {value!r}")
         if getattr(model, "num_classes", 1) == 0 and criterion is None:
             raise ValueError(
                 "criterion: expected one of your own for a model without a classifier (num_classes=0), got None; "
@@ -167,7 +168,7 @@ class Supernet(nn.Module):
         )
         self.score_init = score_init
         if score_init != "random":
-            for name, importance in self._unit_sums(squared_weight).items():
+            for name, importance in ranking.magnitudes(model).items():
                 self.bimasks[name].rank_scores_by(importance)
         first, last = (submodules[width].candidates.units for width in (self.macs.widths[0], self.macs.widths[-1]))
         self.masked_images = None
@@ -255,19 +256,8 @@ class Supernet(nn.Module):
             average: where each of several processes sees a share of a batch, makes the model's gradients those of the
                 whole batch.
         """
-        training = self.model.training
-        self.model.eval()
-        totals = {name: 0.0 for name in self.bimasks}
-        for images, targets in batches:
-            self.model.zero_grad()
-            nn.functional.cross_entropy(self.model(images), targets).backward()
-            average(self.model)
-            for name, importance in self._unit_sums(squared_taylor).items():
-                totals[name] = totals[name] + importance
-        for name, importance in totals.items():
+        for name, importance in ranking.taylor(self.model, batches, average).items():
             self.bimasks[name].rank_scores_by(importance)
-        self.model.zero_grad()
-        self.model.train(training)
 
     @property
     def finished(self) -> bool:
@@ -410,13 +400,6 @@ class Supernet(nn.Module):
         return result
 
     # ---- parts ----
-
-    def _unit_sums(self, figure: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """A figure of the weights, summed over each unit of each submodule."""
-        return {
-            name: unit_sums(self.model, submodule.couplings, submodule.candidates.full, figure)
-            for name, submodule in self.family.submodules(self.model).items()
-        }
 
     def _logits_and_reconstruction(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
