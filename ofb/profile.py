@@ -47,8 +47,7 @@ def profile(model: nn.Module, batch_size: int = 1, device: torch.device | str = 
     """
     model = model.to(device).eval()
     images = torch.randn(batch_size, *data_config(model)["input_size"], device=device)
-    layers = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in LAYERS}
-    layers = {name: module for name, module in layers.items() if not isinstance(module, nn.Identity)}
+    layers = _layers(model)
     macs, ms = _macs(model, images), _milliseconds(model, layers, images)
     costs = {
         name: LayerCost(macs.get(f"{type(model).__name__}.{name}", 0), _params(layer), ms[name])
@@ -89,6 +88,16 @@ def _aligned(rows: list[list[str]]) -> list[str]:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are shown, by name; none lies inside another, as the MLP of an attention pooling would."""
+    named = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in LAYERS}
+    return {
+        name: module
+        for name, module in named.items()
+        if not isinstance(module, nn.Identity) and not any(name.startswith(f"{outer}.") for outer in named)
+    }
 
 
 def _macs(model: nn.Module, images: Tensor) -> dict[str, int]:

@@ -11,7 +11,8 @@ import ofb
 from ofb.supernet.budget import reachable
 from ofb.supernet.decisions import options
 from ofb.supernet.families import family_of
-from ofb.supernet.latency import Grid, LatencyTable, measure_latency, time_calls
+from ofb.supernet.latency import Grid, LatencyTable, _Measured, measure_latency, time_calls
+from ofb.supernet.params import cut_to
 from tests.common import tiny_swin, tiny_vit
 
 TOLERANCE, NOISE = 0.10, 0.04
@@ -63,6 +64,24 @@ def test_measured_table(make):
     network = supernet.extract()
     full = {name: s.candidates.full for name, s in family_of(network).submodules(network).items()}
     assert 0.98 <= table.total(full) / supernet.target["latency_ms"] <= 1
+
+
+def test_the_table_gives_back_whole_networks(monkeypatch):
+    """Among others, a part takes 0.8 of the time that it takes by itself; the rest grows with the width."""
+
+    def measure(network, dense, images):
+        units = {name: s.candidates.units for name, s in family_of(network).submodules(network).items()}
+        parts = {name: 1e-3 * count * units["embed"] for name, count in units.items() if name != "embed"}
+        return _Measured(4.0, 0.8 * sum(parts.values()) + 0.01 * units["embed"], parts)
+
+    monkeypatch.setattr("ofb.supernet.latency._measure", measure)
+    model = tiny_vit()
+    table = measure_latency(model)
+    own = {name: s.candidates for name, s in family_of(model).submodules(model).items()}
+    for at in (0, -1):
+        sizes = {name: (each.heads[at], each.channels[at]) for name, each in own.items()}
+        expected = measure(cut_to(model, sizes), None, None)
+        assert table.total(sizes) == pytest.approx(expected.dense_ms * expected.network, rel=1e-6)
 
 
 def test_a_table_of_another_model():

@@ -19,6 +19,7 @@ def test_layers_add_up(make):
         assert sum(getattr(cost, figure) for name, cost in costs.items() if name != TOTAL) == getattr(
             costs[TOTAL], figure
         )
+    assert costs[REST].macs == 0 and costs[REST].params > 0, "all products are in the layers, not all parameters"
     assert all(cost.ms > 0 for name, cost in costs.items() if name != REST)
     assert all(cost.macs > 0 for name, cost in costs.items() if name != REST)
 
