@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import ofb
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import fashion_mnist, grid, rivals, settings
+from benchmarks.quality import fashion_mnist, grid, page, rivals, settings
 from benchmarks.quality.images import Batches, small_images
 from benchmarks.quality.results import FOLDER, Mean, difference, read_rows, write_rows
 from ofb.export import count_params
@@ -195,3 +195,15 @@ def test_difference_of_means():
     lead, error = difference(Mean.of([90, 91, 92]), Mean.of([89, 89, 89]))
     assert lead == 2 and error == pytest.approx(1 / math.sqrt(3))
     assert str(Mean.of([90, 91, 92])) == "91.00 ± 1.00" and Mean.of([5]).deviation == 0 and str(Mean.of([5])) == "5.00"
+
+
+def test_a_single_seed_has_no_spread():
+    row = {"left_open": "", "search_epochs": "1", "finetune_epochs": "1", "seconds": "2"}
+    found = {
+        ("ofb", "50%"): [row | {"test_top1": "80"}, row | {"test_top1": "82"}],
+        ("uniform", "50%"): [row | {"test_top1": "70"}],
+        ("taylor", "50%"): [row | {"test_top1": "71"}, row | {"test_top1": "73"}],
+    }
+    lines = {line.split(" | ")[0]: line for line in page._table(found, "50%")}
+    assert "| 70.00 | +11.00 | 1 |" in lines["| uniform"]
+    assert "| 72.00 ± 1.41 | +9.00 ± 1.41 | 2 |" in lines["| taylor"]

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ofb.export import count_params
 from ofb.report import comparison_table, cpu_latency, figures, write_report
 from ofb.report.chart import Band, Box, Chart, Line
 from ofb.report.page import page
+from ofb.report.png import save
 from ofb.report.run import Run
 from ofb.report.sections import sections
 from ofb.report.svg import draw
@@ -108,8 +110,22 @@ def test_axes_of_flat_and_single_values():
     for y in ([0.0, 0.0], [5.0, 5.0], [-3.0, -3.0]):
         low, high = Chart("", "", [Line([1, 2], y, "blue")], "epoch", "y").y_axis[0]
         assert low < y[0] < high
+    assert Chart("", "", [Line([1, 2], [1.0, 3.0], "blue")], "epoch", "y").y_axis[0] == pytest.approx((0.9, 3.1))
+    assert Chart("", "", [Line([1, 2], [0.0, 2.0], "blue")], "epoch", "y").y_axis[0] == pytest.approx((0.0, 2.1))
     chart = Chart("", "", [Line([1], [2.0], "blue")], "epoch", "y")
     assert list(chart.x_axis[1].values()) == ["1"] and "NaN" not in draw(chart)
+
+
+def test_every_chart_is_in_the_picture(tmp_path):
+    charts = [Chart(f"chart {i}", "", [Line([1, 2], [0.0, 1.0], "blue")], "epoch", "y") for i in range(4)]
+    save(tmp_path / "charts.png", charts)
+    picture = decode_image(read_file(str(tmp_path / "charts.png")))[:3].float()
+    height, width = picture.shape[1] // 2, picture.shape[2] // 3
+    drawn = [
+        [bool((picture[:, row * height :, column * width :][:, :height, :width] < 128).any()) for column in range(3)]
+        for row in range(2)
+    ]
+    assert drawn == [[True, True, True], [True, False, False]]
 
 
 # ---- the report of a run ----
@@ -142,12 +158,22 @@ def test_its_figures_are_those_of_the_run(runs):
     assert f"at the start, {alive} in the end, for 5 submodules" in shown
 
 
+def test_the_best_epoch_is_named(runs):
+    stages = {stage: entries for stage, entries in Run.read(runs / "search").stages.items()}
+    charts = next(part for part in sections(Run.read(runs / "search")) if part.name == "accuracy").all_charts
+    for chart, entries in zip(charts, stages.values(), strict=True):
+        assert f"Best top-1 {max(entry['val_top1'] for entry in entries):.2f} % " in chart.summary
+    assert len({entry["val_top1"] for entry in stages["search"]}) > 1
+
+
 def test_candidate_probabilities_add_up(runs):
     charts = next(part for part in sections(Run.read(runs / "search")) if part.name == "candidates").all_charts
     assert {chart.title.split(":")[0] for chart in charts} >= {"embed", "attn0", "mlp1"}
     for chart in charts:
         for i, _ in enumerate(chart.marks[0].x):
             assert sum(band.high[i] - band.low[i] for band in chart.marks) == pytest.approx(1, abs=2e-3)
+        assert not any(chart.marks[0].low), "the first band stands on the axis, each other one on the one below"
+        assert all(above.low == below.high for below, above in pairwise(chart.marks))
 
 
 @pytest.mark.parametrize(
