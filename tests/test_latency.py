@@ -84,6 +84,24 @@ def test_the_table_gives_back_whole_networks(monkeypatch):
         assert table.total(sizes) == pytest.approx(expected.dense_ms * expected.network, rel=1e-6)
 
 
+@pytest.mark.parametrize("noise", [0.5, 5.0])
+def test_noise_makes_no_negative_cost(noise, monkeypatch):
+    """A budget's knapsack needs costs; without a bound the fitted factor can be negative."""
+
+    def measure(network, dense, images):
+        units = {name: s.candidates.units for name, s in family_of(network).submodules(network).items()}
+        parts = {name: 1e-3 * count for name, count in units.items() if name != "embed"}
+        return _Measured(1.0, 1 / sum(parts.values()) + noise * float(torch.rand(())), parts)  # larger is faster
+
+    monkeypatch.setattr("ofb.supernet.latency._measure", measure)
+    table = measure_latency(tiny_vit())
+    assert min(ms for grid in table.grids.values() for plane in grid.ms for row in plane for ms in row) >= 0
+    assert any(ms > 0 for row in table.grids["mlp0"].ms[0] for ms in row)
+    bimasks = ofb.Supernet(tiny_vit()).bimasks
+    target = sum(reachable(table, options(bimasks))) / 2
+    ofb.Supernet(tiny_vit(), {"latency_ms": target}, latency_table=table)
+
+
 def test_a_table_of_another_model():
     table = made_up_table().to_dict()
     with pytest.raises(ValueError, match="latency_table: expected one of this model, .* for attn0, got"):

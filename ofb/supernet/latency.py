@@ -18,6 +18,7 @@ from ofb.supernet.params import cut_to
 from ofb.supernet.search_space import Size
 
 POINTS = 3  # of each axis of the table
+FACTORS = (0.5, 2.0)  # of what a part takes among others to what it takes by itself
 WARMUP_RUNS, TIMED_RUNS, CALLS = 2, 9, 4  # the median of so many runs of so many calls each
 
 
@@ -256,12 +257,17 @@ def _measure(network: nn.Module, dense: nn.Module, images: Tensor) -> _Measured:
 
 
 def _fitted(measured: Mapping[tuple[int, int, int], _Measured]) -> tuple[float, np.ndarray]:
-    """The factor and the rest of each width, of least relative error: network ≈ factor · Σ parts + rest[width]."""
+    """The factor and the rest of each width, of least relative error: network ≈ factor · Σ parts + rest[width].
+
+    The factor stays within `FACTORS`, beyond which noise speaks, and no rest is negative: a cost is none.
+    """
     columns = np.zeros((len(measured), 1 + POINTS))
     for row, ((_, _, w), each) in zip(columns, measured.items(), strict=True):
         row[0], row[1 + w] = sum(each.parts.values()) / each.network, 1 / each.network
-    factor, *rest = np.linalg.lstsq(columns, np.ones(len(columns)), rcond=None)[0]
-    return float(factor), np.maximum(rest, 0.0)
+    parts, rests, ones = columns[:, 0], columns[:, 1:], np.ones(len(columns))
+    factor = float(np.clip(np.linalg.lstsq(columns, ones, rcond=None)[0][0], *FACTORS))
+    rest = np.linalg.lstsq(rests, ones - factor * parts, rcond=None)[0]
+    return factor, np.maximum(rest, 0.0)
 
 
 def _remember(inputs: dict, name: str) -> Callable:
