@@ -22,9 +22,10 @@ import torch
 
 from ofb import SearchConfig, process_group
 from ofb.engine.checkpoint import write_text
+from ofb.engine.device import pick_device
 from ofb.engine.distributed import processes, start_alike
+from ofb.engine.optimization import Optimization, make_optimizer
 from ofb.engine.search import make_supernet
-from ofb.engine.train import Optimization, make_optimizer, pick_device
 
 WARMUP_STEPS = 3
 

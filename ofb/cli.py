@@ -4,10 +4,13 @@ import copy
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -16,14 +19,18 @@ from torch import nn
 
 import ofb
 from ofb.doctor import diagnose
+from ofb.engine.advice import advice_on
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
+from ofb.engine.device import pick_device
 from ofb.engine.distributed import is_main, may_restart, on_main, process_group, rank, was_restarted
 from ofb.engine.options import from_dict, to_dict
 from ofb.engine.presets import preset
-from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE
+from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE, is_empty, locked
 from ofb.engine.search import make_supernet
+from ofb.engine.seeding import seed_everything
+from ofb.engine.signals import Stopped, sigterm_raises
 from ofb.engine.tool_config import (
     CompletionConfig,
     DoctorConfig,
@@ -32,13 +39,13 @@ from ofb.engine.tool_config import (
     ProfileConfig,
     ReportConfig,
 )
-from ofb.engine.train import pick_device, seed_everything
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
 from ofb.profile import profile, profile_table
 from ofb.report import comparison_table, figures, write_report
 from ofb.supernet.families import count_macs, sizes_of
 
-UNWELL, USER_ERROR, INTERRUPTED = 1, 2, 130
+UNWELL, USER_ERROR = 1, 2
+SIGNALLED = 128  # and the number of the signal
 EXPORTS = {"onnx": (ofb.export_onnx, ONNX_FILE), "program": (ofb.export_program, PROGRAM_FILE)}
 
 
@@ -57,16 +64,17 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {args[0]!r}")
         run, config_class = COMMANDS[args[0]]
-        with process_group():
+        with sigterm_raises(), process_group():
             return run(on_main(parse, args[0], config_class, args[1:], was_restarted())) or 0
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, Stopped) else signal.SIGINT
         if is_main():
             print(f"\nofb: interrupted; {interrupt or 'nothing is half written'}", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        return SIGNALLED + number
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError) as error:
         if debug:
             raise
         process = f" (process {rank()})" if rank() else ""
@@ -211,25 +219,50 @@ def _with_run_folder(command: str, config: TrainingConfig) -> TrainingConfig:
     """The config with its run folder settled: one that is new or empty, unless the run is resumed."""
     if config.output is None and may_restart():
         raise ValueError("output: expected a folder where a job that restarts finds its run again; add --output FOLDER")
-    start = Path(config.checkpoint).name if config.checkpoint else config.model
-    output = config.output or f"runs/{command}-{start}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not config.resume and Path(output).exists() and not (Path(output).is_dir() and not any(Path(output).iterdir())):
+    output = config.output or _new_folder(command, config)
+    if not config.resume and Path(output).exists() and not is_empty(Path(output)):
         raise ValueError(f"output: expected a new or empty folder, got {output}; add --resume to continue its run")
     return dataclasses.replace(config, output=output)
 
 
+def _new_folder(command: str, config: TrainingConfig) -> str:
+    """A folder that does not exist, named for command, model and time."""
+    start = Path(config.checkpoint).name if config.checkpoint else config.model
+    name = f"runs/{command}-{start}-{time.strftime('%Y%m%d-%H%M%S')}"
+    numbered = (f"{name}-{number}" for number in count(2))
+    return next(folder for folder in chain([name], numbered) if not Path(folder).exists())
+
+
 @contextmanager
 def _run(command: str, config: TrainingConfig) -> Iterator[None]:
-    """Everything a run does to its folder; Ctrl-C says how to carry on."""
+    """Everything a run does to its folder; what ends it says how to carry on."""
+    with locked(config.output):
+        if not config.resume:
+            _write_config(config)
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (f"continue with: {_to_continue(command, config)}",)
+            raise
+        except RuntimeError as error:
+            advice = advice_on(error, config)
+            if advice is None:
+                raise
+            raise MemoryError(f"{advice}; continue with: {_to_continue(command, config)}") from error
+
+
+def _write_config(config: TrainingConfig) -> None:
+    """The options of a new run, once its folder is locked: another run may have begun there in the meantime."""
     import yaml
 
-    if not config.resume:
-        text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-        write_text(Path(config.output) / CONFIG_FILE, text)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with: ofb {command} --resume --output {config.output}") from None
+    path = Path(config.output) / CONFIG_FILE
+    if path.exists():
+        raise ValueError(f"output: expected a new or empty folder, got {config.output}, where another run just began")
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def _to_continue(command: str, config: TrainingConfig) -> str:
+    return f"ofb {command} --resume --output {shlex.quote(config.output)}"
 
 
 def _has_begun(config: TrainingConfig) -> bool:

@@ -137,10 +137,10 @@ RUN = (
 def killed_and_started_anew(folder: str) -> None:
     """Two runs by torchrun, the second one killed in its second epoch and started anew as torchrun does."""
 
-    def kill_in_second_epoch(loader, optimization, *rest):
-        if optimization.steps > 0 and rank() == 1:
+    def kill_in_second_epoch(loader, stage, *rest):
+        if stage.epoch > 0 and rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return run_epoch(loader, optimization, *rest)
+        return run_epoch(loader, stage, *rest)
 
     with process_group():
         if not was_restarted():

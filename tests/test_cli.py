@@ -12,6 +12,7 @@ import yaml
 
 import ofb
 from ofb.cli import COMMANDS, main, parse
+from ofb.engine.checkpoint import load_checkpoint
 from ofb.engine.config import SearchConfig
 from ofb.engine.options import from_dict
 from ofb.export import count_params, model_card
@@ -42,7 +43,7 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("dense")
     found = {path.name for path in folder.iterdir()}
     written = {"config.yaml", "checkpoints", "metrics.jsonl", "history.jsonl", "found.json", "importance.json"}
-    assert found == written | {"figures.json", "tensorboard", "export", "report"}
+    assert found == written | {".lock", "figures.json", "tensorboard", "export", "report"}
     assert f"report: {folder}/report/index.html" in shown
     share = count_macs(ofb.load(folder / "export")) / count_macs(ofb.load(f"{dense_run}/export"))
     assert 0.588 <= share <= 0.6
@@ -291,10 +292,12 @@ def test_interrupt_leaves_a_run_to_resume(tmp_path):
     heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **heeds) as process:
         deadline = time.monotonic() + 60
-        while not (folder / "checkpoints" / "train.pt").exists() and time.monotonic() < deadline:
+        while not list(folder.glob("checkpoints/train-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGINT)
         error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert error.strip() == f"ofb: interrupted; continue with: ofb train --resume --output {folder}"
-    assert ofb.engine.checkpoint.load_checkpoint(folder / "checkpoints" / "train.pt")["epoch"] >= 1
+    told, _, last = error.strip().partition("\n\n")
+    assert told == "ofb: finishing a step and saving it; once more to stop at once"
+    assert last == f"ofb: interrupted; continue with: ofb train --resume --output {folder}"
+    assert load_checkpoint(folder / "checkpoints", "train")["parts"]["optimization"]["steps"] > 0

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ofb.engine.config import TrainConfig
 from ofb.engine.data import DIGITS_PARTS, Digits, RepeatedAugmentation, create_loaders, create_model
-from ofb.engine.train import seed_everything
+from ofb.engine.seeding import seed_everything
 
 CPU = torch.device("cpu")
 DIGITS_MODEL = {"model": "vit_tiny_patch16_224", "model_kwargs": ("embed_dim=16", "depth=1", "num_heads=2")}

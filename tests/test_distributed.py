@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from ofb.cli import main
-from ofb.engine.checkpoint import load_checkpoint
+from ofb.engine.checkpoint import TEMPORARY, load_checkpoint
 from ofb.engine.distributed import check_alike, check_device, in_job, on_main, process_group, processes, rank
 from tests.jobs import RUN, found_by_search, loaders, what_a_process_finds
 
@@ -65,7 +66,8 @@ def test_processes_find_what_a_single_one_finds(single, job):
 def test_files_are_written_once(job):
     first, *others = (found["files"] for found in job)
     assert others == [[]] * len(others)
-    assert first.count("search.pt") == 4 and first.count("finetune.pt") == 2
+    checkpoints = Counter(name.split("-")[0] for name in first if name.endswith(".safetensors"))
+    assert checkpoints == {"search": 5, "finetune": 3}  # one at the start of each
     assert first.count("metrics.jsonl") == 6 and first.count("importance.json") == 1
     entries = [json.loads(line) for line in (job[0]["folder"] / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["epoch"]) for entry in entries] == [
@@ -115,9 +117,9 @@ def test_killed_job_carries_on(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for file in ("metrics.jsonl", "importance.json", "export/model.safetensors", "export/config.json"):
         assert (killed / file).read_bytes() == (straight / file).read_bytes(), file
-    assert load_checkpoint(killed / "checkpoints" / "search.pt")["epoch"] == 3
+    assert load_checkpoint(killed / "checkpoints", "search")["epoch"] == 3
     names = {path.name for path in killed.rglob("*")}
-    assert not [name for name in names if name.startswith(".")], "nothing half written is left"
+    assert not [name for name in names if name.endswith(TEMPORARY)], "nothing half written is left"
 
 
 @pytest.fixture

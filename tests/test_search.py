@@ -12,7 +12,7 @@ import ofb
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import create_loaders, create_model
 from ofb.engine.search import describe_choices, describe_costs, describe_reach, make_supernet
-from ofb.engine.train import seed_everything
+from ofb.engine.seeding import seed_everything
 from ofb.supernet.families import count_macs
 from tests.common import tiny_vit
 from tests.test_train import assert_same_weights, interrupt_after

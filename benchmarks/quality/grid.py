@@ -17,10 +17,14 @@ from benchmarks.quality import rivals
 from benchmarks.quality.settings import SETTINGS, Setting, dense_folder, images
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import Loaders
+from ofb.engine.device import pick_device
 from ofb.engine.journal import Journal
+from ofb.engine.optimization import Optimization, make_optimizer
 from ofb.engine.options import key_and_value
 from ofb.engine.search import make_supernet
-from ofb.engine.train import Optimization, make_optimizer, pick_device, run_epoch, seed_everything, teaching
+from ofb.engine.seeding import seed_everything
+from ofb.engine.stage import Stage
+from ofb.engine.train import run_epoch, teaching
 from ofb.export import count_params
 from ofb.report import cpu_latency
 from ofb.supernet import Supernet
@@ -185,9 +189,8 @@ def _importance_stage(task: Task, epochs: int) -> Supernet:
     groups = supernet.parameter_groups(config.weight_decay, config.architecture_lr, config.score_lr)
     optimizer, shortened = make_optimizer(groups, config, 1.0), replace(config, epochs=epochs)
     optimization = Optimization(optimizer, loss_of, shortened, 0.2 * epochs, steps, device)
-    for epoch in range(epochs):
-        seed_everything(task.job.seed, "importance", epoch)
-        run_epoch(task.loaders.train, optimization, supernet.step, Journal(shortened, "importance"), str(epoch))
+    stage, journal = Stage(shortened, "importance", steps, optimization, {}), Journal(shortened, "importance")
+    stage.run(lambda epoch: run_epoch(task.loaders.train, stage, supernet.step, journal))
     return supernet
 
 

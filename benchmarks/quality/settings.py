@@ -12,7 +12,8 @@ from benchmarks.quality.images import small_images
 from benchmarks.quality.results import FOLDER
 from ofb.engine.config import TrainConfig
 from ofb.engine.data import Loaders, create_loaders, create_model
-from ofb.engine.train import pick_device, seed_everything
+from ofb.engine.device import pick_device
+from ofb.engine.seeding import seed_everything
 from ofb.export import count_params
 from ofb.supernet.families import count_macs
 

@@ -32,6 +32,9 @@ class RunConfig:
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Lower precision of --amp."""
 
+    deterministic: bool = False
+    """The same bits each time on a GPU as well, at some cost in speed; an op that cannot is an error."""
+
     seed: int = 0
     """Seed of everything random: weights, data order, augmentation, held-out images."""
 
@@ -100,6 +103,15 @@ class TrainingConfig(RunConfig, DataConfig):
 
     resume: bool = False
     """Continue the run in --output, with the options it was started with."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints within an epoch; there is one after each epoch as well."""
+
+    keep_checkpoints: int = 2
+    """Checkpoints of each stage to keep, the newest ones."""
+
+    allow_other_code: bool = False
+    """Resume although this package, torch or timm is not what wrote the checkpoint."""
 
     log_wandb: bool = False
     """Log to Weights & Biases as well, where it is installed; WANDB_MODE=offline keeps it on this machine."""
@@ -176,7 +188,7 @@ class TrainingConfig(RunConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "epochs", "grad_accum_steps")
+        at_least(self, 1, "epochs", "grad_accum_steps", "checkpoint_every", "keep_checkpoints")
         at_least(self, 0, "aug_repeats", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
         between(self, 0, 1, "drop_path", "smoothing", "reprob")
         positive(self, "lr", "clip_grad")

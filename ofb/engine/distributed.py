@@ -6,7 +6,6 @@ every function here does nothing, or what is left to do for a single process.
 
 import hashlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -30,8 +29,7 @@ def process_group() -> Iterator[None]:
     """Join the processes that torchrun started, until the block ends; without torchrun, or once joined, do nothing.
 
     Tensors on the CPU travel by gloo, those on GPUs by NCCL, and each process of a machine gets a GPU of its own. The
-    standard output of all processes but the first is silenced. SIGTERM, by which torchrun ends the others when one
-    failed, ends a process as an exception does, so that no file stays half written.
+    standard output of all processes but the first is silenced.
 
     Raises:
         ValueError: torchrun may start the job anew, but not in a way in which the processes would find each other.
@@ -45,12 +43,10 @@ def process_group() -> Iterator[None]:
     store, number, count = _meeting_place()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
-    before = signal.signal(signal.SIGTERM, _leave)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere):
         yield
     # Not after an error: the others may be in the middle of an exchange that will never end.
     dist.destroy_process_group()
-    signal.signal(signal.SIGTERM, before)
 
 
 def in_job() -> bool:
@@ -120,10 +116,6 @@ def _meeting_place() -> tuple["dist.Store", int, int]:
     if one_machine:
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store, number, count
-
-
-def _leave(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + signal_number)
 
 
 # ---- exchange ----

@@ -1,6 +1,6 @@
 """What a search does to its supernet, epoch by epoch: what `ofb report` draws and TensorBoard shows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,14 @@ class History:
                 event = {"step": self.supernet.steps, "submodule": name, "from": list(before[name][0])}
                 self.latest.append(event | {"to": list(size), "alive": alive})
         self.pruned += self.latest
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pruned": self.pruned, "latest": self.latest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on following a supernet whose own state has been loaded before."""
+        self.pruned, self.latest = list(state["pruned"]), list(state["latest"])
+        self._remember()
 
     def looks(self) -> dict[str, Look]:
         """Every submodule as it stands."""

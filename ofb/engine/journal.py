@@ -26,17 +26,17 @@ class Entries:
     Args:
         path: the file; None to keep none.
         stage: the stage that is written.
-        start_epoch: its entries from this epoch on are those of lost epochs, and dropped.
     """
 
-    def __init__(self, path: Path | None, stage: str, start_epoch: int) -> None:
+    def __init__(self, path: Path | None, stage: str) -> None:
         self.path, self.stage, self.all = path, stage, []
         if path is not None and path.exists():
-            entries = [json.loads(line) for line in path.read_text().splitlines()]
-            self.all = [each for each in entries if each["stage"] != stage or each["epoch"] < start_epoch]
+            self.all = [json.loads(line) for line in path.read_text().splitlines()]
 
     def add(self, epoch: int, entry: Mapping[str, Any]) -> None:
+        """Write an entry; those of the stage for this epoch and later ones are of epochs that were lost, and go."""
         if self.path is not None:
+            self.all = [each for each in self.all if each["stage"] != self.stage or each["epoch"] < epoch]
             self.all.append({"stage": self.stage, "epoch": epoch, **entry})
             write_text(self.path, "".join(json.dumps(each) + "\n" for each in self.all))
 
@@ -47,7 +47,7 @@ class Journal:
     Args:
         config: its run folder, None to write no files; its epochs; whether Weights & Biases is told.
         stage: "train", "search" or "finetune".
-        start_epoch: the epoch the stage starts or resumes at; entries of a lost later epoch are dropped.
+        start_epoch: the epoch the stage starts or resumes at.
         status: gives figures to show below the bar beside the losses; called now and then while someone watches.
 
     Raises:
@@ -63,9 +63,8 @@ class Journal:
     ) -> None:
         self.stage, self.epochs, self.epoch, self.status = stage, config.epochs, start_epoch, status
         folder = Path(config.output) if config.output is not None and is_main() else None
-        self.metrics = Entries(folder and folder / METRICS_FILE, stage, start_epoch)
-        # The state before the first epoch counts as epoch -1: a stage that starts anew replaces it as well.
-        self.history = Entries(folder and folder / HISTORY_FILE, stage, start_epoch or -1)
+        self.metrics = Entries(folder and folder / METRICS_FILE, stage)
+        self.history = Entries(folder and folder / HISTORY_FILE, stage)
         self.trackers: list[TensorBoard | WeightsAndBiases] = []
         if folder is not None and find_spec("tensorboard") is not None:
             self.trackers.append(TensorBoard(folder, stage, start_epoch))

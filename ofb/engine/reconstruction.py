@@ -10,9 +10,11 @@ from torchvision.utils import make_grid
 
 from ofb.engine.checkpoint import write_atomically
 from ofb.engine.config import SearchConfig
+from ofb.engine.device import autocast, pick_device
 from ofb.engine.journal import Journal
 from ofb.engine.run_folder import RECONSTRUCTION_FILE
-from ofb.engine.train import Loader, autocast, pick_device, seed_everything
+from ofb.engine.seeding import seed_everything
+from ofb.engine.shards import Loader
 from ofb.supernet import Supernet
 
 IMAGES = 8

@@ -1,4 +1,15 @@
-"""What the files of a run folder are called."""
+"""A run folder: what its files are called, and that one run at a time writes to it."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ofb.engine.checkpoint import remove_temporaries
+from ofb.engine.distributed import is_main
 
 CONFIG_FILE = "config.yaml"  # the options it was started with
 METRICS_FILE = "metrics.jsonl"  # an entry for each epoch
@@ -8,5 +19,46 @@ IMPORTANCE_FILE = "importance.json"  # learned importance beside the loss withou
 LATENCY_FILE = "latency.json"  # the table behind a target of latency
 FIGURES_FILE = "figures.json"  # accuracy and costs of its networks
 RECONSTRUCTION_FILE = "reconstruction.png"  # what was rebuilt of masked images
+CHECKPOINT_FOLDER = "checkpoints"  # where each stage stood
 EXPORT_FOLDER = "export"  # the network
 REPORT_FOLDER = "report"
+LOCK_FILE = ".lock"  # who writes here
+
+
+@contextmanager
+def locked(folder: str | Path | None) -> Iterator[None]:
+    """Keep other runs out of a folder while inside, on this machine and, where its file system can, on others.
+
+    The lock ends with the process, however it ends. What an earlier process left half written is removed. A run that
+    holds the folder may lock it again; None locks nothing.
+
+    Raises:
+        ValueError: another run is writing there.
+        OSError: the folder cannot be made or written to.
+    """
+    if folder is None or not is_main():
+        yield
+        return
+    path = Path(folder) / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.resolve(), is_singleton=True)
+    first = not lock.is_locked
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"output: expected a folder that no other run is writing to, got {folder} ({path.read_text().strip()} is); "
+            "wait for that run, stop it, or choose another folder"
+        ) from None
+    try:
+        if first:
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            remove_temporaries(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but the lock of a run that never began."""
+    return folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir())

@@ -1,35 +1,28 @@
 """The search: train a supernet until every size is final, then fine-tune the network it found."""
 
+import copy
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig
+from ofb.engine.device import autocast, determinism, pick_device
 from ofb.engine.distributed import average_gradients, check_alike, on_main, rank, start_alike
 from ofb.engine.history import History
 from ofb.engine.journal import Journal
+from ofb.engine.optimization import Optimization, make_optimizer
 from ofb.engine.reconstruction import images_to_rebuild, record_reconstruction
-from ofb.engine.run_folder import FOUND_FILE, IMPORTANCE_FILE, LATENCY_FILE
-from ofb.engine.shards import shard
-from ofb.engine.train import (
-    Loader,
-    Optimization,
-    autocast,
-    evaluate,
-    make_optimizer,
-    pick_device,
-    resumed_state,
-    run_epoch,
-    save_state,
-    seed_everything,
-    set_drop_path,
-    teaching,
-    train,
-)
+from ofb.engine.run_folder import FOUND_FILE, IMPORTANCE_FILE, LATENCY_FILE, locked
+from ofb.engine.seeding import seed_everything
+from ofb.engine.shards import Loader, shard
+from ofb.engine.stage import Stage, through_setbacks
+from ofb.engine.train import evaluate, run_epoch, set_drop_path, teaching, train
 from ofb.supernet import LatencyTable, Supernet, measure_latency
 from ofb.supernet.families import build, describe, sizes_of
 from ofb.supernet.importance import leave_one_out, rank_correlation
@@ -88,8 +81,9 @@ def search(
 ) -> nn.Module:
     """Search and fine-tune; the result is a plain timm model with the weights of its best epoch.
 
-    The search ends when every size is final, at the latest after `config.epochs`. With `config.output` each epoch is
-    checkpointed there, and `config.resume` continues from the last one: a resumed run equals an uninterrupted one.
+    The search ends when every size is final, at the latest after `config.epochs`. With `config.output` checkpoints are
+    written there, and `config.resume` continues from the last one: a resumed run equals an uninterrupted one. A search
+    that diverges goes back to it, with half the learning rate.
 
     Args:
         supernet: made for as many epochs and steps as are run here.
@@ -100,7 +94,8 @@ def search(
 
     Raises:
         ValueError: the supernet was made for another number of steps or targets, or the run cannot be resumed.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: losses or gradients are not finite, and no lower learning rate helped.
+        KeyboardInterrupt: SIGINT or SIGTERM came; where there is a run folder, a checkpoint was written first.
     """
     config = config or SearchConfig()
     if config.targets is not None:
@@ -135,6 +130,14 @@ def search_targets(
             f"supernet: expected one for the targets {', '.join(targets)}, got one for {len(supernet.targets)}; "
             "make it with ofb.Supernet(..., target=, later_targets=)"
         )
+    with locked(config.output), determinism(config):
+        return _search_and_finetune(supernet, train_loader, val_loader, config, teacher)
+
+
+def _search_and_finetune(
+    supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig, teacher: nn.Module | None
+) -> dict[str, nn.Module]:
+    targets = config.all_targets()
     found = _search_sizes(supernet, train_loader, val_loader, config, teacher)
     print(describe_choices(supernet), flush=True)
     for limits, model in zip(supernet.targets, found, strict=True):
@@ -228,6 +231,24 @@ def _search_sizes(
     supernet: Supernet, train_loader: Loader, val_loader: Loader, config: SearchConfig, teacher: nn.Module | None
 ) -> list[nn.Module]:
     """Train the supernet until its sizes are final; the network of each target."""
+    whole = None if config.output is None else copy.deepcopy(supernet)  # a pruned one cannot go back to larger sizes
+
+    def attempt(config: SearchConfig, setbacks: int) -> list[nn.Module]:
+        if setbacks:
+            vars(supernet).update(vars(copy.deepcopy(whole)))
+        return _train_supernet(supernet, train_loader, val_loader, config, teacher, setbacks)
+
+    return through_setbacks(attempt, config)
+
+
+def _train_supernet(
+    supernet: Supernet,
+    train_loader: Loader,
+    val_loader: Loader,
+    config: SearchConfig,
+    teacher: nn.Module | None,
+    setbacks: int,
+) -> list[nn.Module]:
     device = pick_device(config)
     start_alike(supernet.to(device))
     train_loader = shard(train_loader, config.grad_accum_steps)
@@ -249,59 +270,76 @@ def _search_sizes(
         cosine_epochs=config.cosine_epochs or config.epochs + config.finetune_epochs,
         revision=lambda: supernet.revision,
     )
-    start, found = 0, []
-    state = resumed_state(config, "search")
-    if state is not None:
-        start = state["epoch"]
-        supernet.load_state_dict(state["supernet"])
-        optimization.load_state_dict(state["optimization"])
-        found = [_network(each, like=supernet.model) for each in state["found"]]
-    else:
-        print(describe_reach(supernet), flush=True)
-        if config.output is not None and "latency_ms" in supernet.costs:
-            table = json.dumps(supernet.costs["latency_ms"].to_dict(), indent=1)
-            write_text(Path(config.output) / LATENCY_FILE, table + "\n")
-        if supernet.score_init == "taylor":
-            _rank_scores(supernet, train_loader, config, device)
-
-    history = History(supernet)
+    found, history = Networks(like=supernet.model), History(supernet)
+    parts = {"supernet": supernet, "history": history, "found": found}
+    stage = Stage(config, "search", len(train_loader), optimization, parts, setbacks)
+    if not stage.resumed:
+        _begin(supernet, train_loader, config, device)
 
     def stepped() -> None:
         if supernet.step(optimization.optimizer):
             check_alike(_decisive(supernet), f"after the pruning event of step {supernet.steps}")
         history.stepped()
 
-    with Journal(config, "search", start, history.status) as journal:
-        if state is None:
+    def an_epoch(epoch: int) -> None:
+        supernet.train()
+        losses = run_epoch(train_loader, stage, stepped, journal)
+        journal.record(epoch, losses | _figures(supernet, val_loader, config))
+        journal.record_history(epoch, history)
+        if pictured is not None and not supernet.finished:
+            record_reconstruction(journal, supernet, pictured, epoch, config)
+        if len(supernet.targets) * (epoch + 1) >= config.epochs * (len(found) + 1) and not supernet.finished:
+            found.append(supernet.extract())
+            supernet.next_target()
+
+    with Journal(config, "search", stage.epoch, history.status) as journal:
+        if not stage.resumed:
             journal.record_history(-1, history)
         pictured = images_to_rebuild(supernet, val_loader)
-        for epoch in range(start, config.epochs):
-            if supernet.finished:
-                break
-            seed_everything(config.seed, "search", epoch, rank())
-            supernet.train()
-            title = f"{epoch + 1}/{config.epochs}"
-            losses = run_epoch(train_loader, optimization, stepped, journal, title)
-            figures = {f"val_{name}": value for name, value in evaluate(supernet, val_loader, config).items()}
-            figures |= {f"expected_{kind}": cost for kind, cost in supernet.expected_costs().items()}
-            alive = supernet.alive_candidates()
-            figures["alive"] = sum(alive.values())
-            journal.record(epoch, losses | figures | {"alive_candidates": alive})
-            journal.record_history(epoch, history)
-            if pictured is not None and not supernet.finished:
-                record_reconstruction(journal, supernet, pictured, epoch, config)
-            if len(supernet.targets) * (epoch + 1) >= config.epochs * (len(found) + 1) and not supernet.finished:
-                found.append(supernet.extract())
-                supernet.next_target()
-            save_state(
-                config,
-                "search",
-                epoch=epoch + 1,
-                supernet=supernet.state_dict(),
-                optimization=optimization.state_dict(),
-                found=[{"architecture": describe(model), "weights": model.state_dict()} for model in found],
-            )
+        stage.run(an_epoch, finished=lambda: supernet.finished)
     return [*found, supernet.extract()]
+
+
+class Networks(list[nn.Module]):
+    """Networks that a search found on its way.
+
+    Args:
+        like: a network for the same images.
+    """
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.pretrained_cfg = like.pretrained_cfg
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"networks": [{"architecture": describe(each), "weights": each.state_dict()} for each in self]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self[:] = [self._built(saved) for saved in state["networks"]]
+
+    def _built(self, saved: Mapping[str, Any]) -> nn.Module:
+        model = build(saved["architecture"])
+        model.pretrained_cfg = model.default_cfg = self.pretrained_cfg
+        model.load_state_dict(saved["weights"])
+        return model
+
+
+def _begin(supernet: Supernet, train_loader: Loader, config: SearchConfig, device: torch.device) -> None:
+    """What comes before the first step of a search."""
+    print(describe_reach(supernet), flush=True)
+    if config.output is not None and "latency_ms" in supernet.costs:
+        table = json.dumps(supernet.costs["latency_ms"].to_dict(), indent=1)
+        write_text(Path(config.output) / LATENCY_FILE, table + "\n")
+    if supernet.score_init == "taylor":
+        _rank_scores(supernet, train_loader, config, device)
+
+
+def _figures(supernet: Supernet, val_loader: Loader, config: SearchConfig) -> dict[str, Any]:
+    """How a supernet stands after an epoch."""
+    figures = {f"val_{name}": value for name, value in evaluate(supernet, val_loader, config).items()}
+    figures |= {f"expected_{kind}": cost for kind, cost in supernet.expected_costs().items()}
+    alive = supernet.alive_candidates()
+    return figures | {"alive": sum(alive.values()), "alive_candidates": alive}
 
 
 def _rank_scores(supernet: Supernet, train_loader: Loader, config: SearchConfig, device: torch.device) -> None:
@@ -316,13 +354,6 @@ def _rank_scores(supernet: Supernet, train_loader: Loader, config: SearchConfig,
 def _decisive(supernet: Supernet) -> dict[str, list[Tensor]]:
     """What decides which sizes and units stay, of each submodule."""
     return {name: list(bimask.state_dict().values()) for name, bimask in supernet.bimasks.items()}
-
-
-def _network(saved: dict, like: nn.Module) -> nn.Module:
-    model = build(saved["architecture"])
-    model.pretrained_cfg = model.default_cfg = like.pretrained_cfg
-    model.load_state_dict(saved["weights"])
-    return model
 
 
 def _report_importance(supernet: Supernet, val_loader: Loader, config: SearchConfig) -> None:
