@@ -3,12 +3,12 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ofb.engine.checkpoint import remove_temporaries
+from ofb.engine.checkpoint import remove_temporaries, write_text
 from ofb.engine.distributed import is_main
 
 CONFIG_FILE = "config.yaml"  # the options it was started with
@@ -22,7 +22,8 @@ RECONSTRUCTION_FILE = "reconstruction.png"  # what was rebuilt of masked images
 CHECKPOINT_FOLDER = "checkpoints"  # where each stage stood
 EXPORT_FOLDER = "export"  # the network
 REPORT_FOLDER = "report"
-LOCK_FILE = ".lock"  # who writes here
+LOCK_FILE = ".lock"  # held by the run that writes here
+HOLDER_FILE = ".running"  # who that is
 
 
 @contextmanager
@@ -39,26 +40,33 @@ def locked(folder: str | Path | None) -> Iterator[None]:
     if folder is None or not is_main():
         yield
         return
-    path = Path(folder) / LOCK_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.resolve(), is_singleton=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock((folder / LOCK_FILE).resolve(), is_singleton=True), folder / HOLDER_FILE
     first = not lock.is_locked
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"output: expected a folder that no other run is writing to, got {folder} ({path.read_text().strip()} is); "
+            f"output: expected a folder that no other run is writing to, got {folder} ({_text(holder)} is); "
             "wait for that run, stop it, or choose another folder"
         ) from None
     try:
         if first:
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
             remove_temporaries(folder)
+            write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")  # and learn if there is room
         yield
     finally:
+        if first:
+            with suppress(OSError):  # what went wrong before says more
+                holder.unlink()
         lock.release()
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but the lock of a run that never began."""
-    return folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir())
+    """Whether a folder holds nothing but what a run that never began left."""
+    return folder.is_dir() and all(path.name in (LOCK_FILE, HOLDER_FILE) for path in folder.iterdir())
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else "another process"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Imported once by the server that the processes are forked from: a run then starts in a fraction of a second.
+import numpy as np
 import sklearn.datasets  # noqa: F401
 import sklearn.model_selection  # noqa: F401
 import tensorboard.summary  # noqa: F401
@@ -18,6 +19,7 @@ import timm
 import torch
 import tyro  # noqa: F401
 import yaml  # noqa: F401
+from PIL import Image
 
 import ofb
 from ofb.cli import main
@@ -28,10 +30,15 @@ FORKS.set_forkserver_preload([__name__])
 DEADLINE = 120  # seconds until a test gives up on a process
 
 
-def started(arguments: list[str], folder: Path, log: Path) -> multiprocessing.Process:
-    """`ofb …` in a run folder, gone on with if it has begun; what it prints is added to `log`."""
+def started(
+    arguments: list[str], folder: Path, log: Path, first: Callable[[], object] | None = None
+) -> multiprocessing.Process:
+    """`ofb …` in a run folder, gone on with if it has begun; what it prints is added to `log`.
+
+    `first` is called in its process before that.
+    """
     resume = ["--resume"] if (folder / "config.yaml").is_file() else []
-    process = FORKS.Process(target=_run, args=([*arguments, *resume, "--output", str(folder)], log))
+    process = FORKS.Process(target=_run, args=([*arguments, *resume, "--output", str(folder)], log, first))
     process.start()
     return process
 
@@ -66,12 +73,33 @@ def after(seconds: float) -> Callable[[], bool]:
     return passed
 
 
+def stopped(process: multiprocessing.Process, ready: Callable[[], bool], number: int = signal.SIGTERM) -> int:
+    """The exit code of a process that is asked to stop as soon as it is `ready`."""
+    deadline = time.monotonic() + DEADLINE
+    while not ready():
+        assert process.is_alive() and time.monotonic() < deadline, "ended before it was ready, or never was"
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    return finished(process)
+
+
 def dense_network(folder: Path) -> Path:
     """A small ViT for the digits, saved: what a search starts from and learns from."""
     torch.manual_seed(0)
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4}
     model = timm.create_model("vit_tiny_patch16_224", **DIGITS_OPTIONS, **sizes, pretrained_cfg_overlay=DIGITS_CFG)
     ofb.save(model, folder)
+    return folder
+
+
+def image_folder(folder: Path) -> Path:
+    """Forty images of noise to train on and eight to test on, in two classes."""
+    generator = np.random.default_rng(0)
+    for split, images in (("train", 40), ("validation", 8)):
+        for number in range(images):
+            path = folder / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
     return folder
 
 
@@ -89,9 +117,11 @@ def moments(seed: int, longest: float):
         yield generator.uniform(0, longest)
 
 
-def _run(arguments: list[str], log: Path) -> None:
+def _run(arguments: list[str], log: Path, first: Callable[[], object] | None) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for its own processes, as in any other
     torch.set_num_threads(1)
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if first is not None:
+            first()
         code = main(arguments)
     sys.exit(code)

@@ -8,18 +8,23 @@ SIGTERM (Slurm, docker stop, torchrun) and Ctrl-C end a run after a step and a c
 second one ends it at once.
 """
 
-import os
 import signal
-import time
-from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ofb.engine.checkpoint import TEMPORARY, load_checkpoint
-from tests.reliability.runs import after, dense_network, finished, killed, moments, results, started
+from tests.reliability.runs import (
+    after,
+    dense_network,
+    finished,
+    image_folder,
+    killed,
+    moments,
+    results,
+    started,
+    stopped,
+)
 
 SEARCH = (
     "search --device cpu --batch-size 64 --epochs 4 --finetune-epochs 2 --lr 1e-3 --finetune-lr 1e-3 --clip-grad 1 "
@@ -71,16 +76,6 @@ def test_killed_at_random_moments(search, tmp_path, night, evidence):
     evidence("of these in the middle of writing a file", halves)
 
 
-def image_folder(folder: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for split, images in (("train", 40), ("validation", 8)):
-        for number, name in zip(range(images), count()):
-            path = folder / split / "ab"[number % 2] / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-    return folder
-
-
 def test_images_that_other_processes_augment(tmp_path, evidence):
     """Order, crops, RandAugment and random erasing are those of the run that was never killed."""
     arguments = [*TRAIN.split(), "--data-dir", str(image_folder(tmp_path / "images"))]
@@ -102,12 +97,7 @@ def test_asked_to_stop(search, tmp_path, evidence):
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = set(begun.glob("*"))
         process = started(arguments, folder, log)
-        while set(begun.glob("search-*")) == before:
-            assert process.is_alive()
-        os.kill(process.pid, number)
-        asked = time.monotonic()
-        assert finished(process) == code, log.read_text()
-        assert time.monotonic() - asked < 10
+        assert stopped(process, lambda before=before: set(begun.glob("*")) > before, number) == code, log.read_text()
         state = load_checkpoint(begun, "search")
         assert state["epoch"] * 18 + state["batches"] == state["parts"]["optimization"]["steps"] > 0
     text = log.read_text()
