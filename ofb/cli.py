@@ -238,7 +238,7 @@ def _run(command: str, config: TrainingConfig) -> Iterator[None]:
     """Everything a run does to its folder; what ends it says how to carry on."""
     with locked(config.output):
         if not config.resume:
-            _write_config(config)
+            on_main(_write_config, config)
         try:
             yield
         except KeyboardInterrupt as interrupt:

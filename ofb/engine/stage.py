@@ -26,7 +26,7 @@ from ofb.engine.seeding import seed_everything
 from ofb.engine.signals import Stopped, StopRequests
 
 SETBACKS = 3  # of a stage; each halves the learning rate
-# Options that may change when a run is resumed. The last one changes the result by rounding only.
+# Options that may change when a run is resumed; the last one changes rounding and what is drawn at random.
 FREE_ON_RESUME = {
     "device", "workers", "backend", "cuda_graph", "output", "resume", "config", "log_wandb", "wandb_project",
     "checkpoint_every", "keep_checkpoints", "allow_other_code", "grad_accum_steps",
