@@ -52,7 +52,7 @@ for command in (
 """
 
 
-def watched(code: str, folder: Path) -> tuple[subprocess.CompletedProcess, list[dict]]:
+def watched(code: str, folder: Path, timeout: int = 300) -> tuple[subprocess.CompletedProcess, list[dict]]:
     """Code run in folder/work, with homes and temporary files of its own beside it, and what was noted of it."""
     for name in ("work", "home", "temporary"):
         (folder / name).mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def watched(code: str, folder: Path) -> tuple[subprocess.CompletedProcess, list[
     env |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary"), "OFB_WATCH": str(folder / "log")}
     env |= {"PYTHONPATH": os.pathsep.join([str(WATCH), str(ROOT)]), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=folder / "work", capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], env=env, cwd=folder / "work", capture_output=True, text=True, timeout=timeout
     )
     return done, [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
