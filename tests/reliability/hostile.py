@@ -28,6 +28,7 @@ from torch import nn
 
 import ofb
 from ofb import cli
+from ofb.supernet.families import build
 from tests.common import tiny_swin, tiny_vit
 
 MEMORY = 4 * 2**30  # bytes that a process may take beyond those it has once all is imported
@@ -39,6 +40,7 @@ CANARY = "executed"
 EVIL = """ "'><script>alert(1)</script><img src=x onerror=alert(1)>{{$\\frac{"""
 MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=1 num_heads=2 --device cpu --batch-size 256"
 SEARCH = "--checkpoint dense --device cpu --batch-size 256 --epochs 1 --finetune-epochs 1 --target 60%"
+UNREACHABLE = "search --output never --device cpu --target 0.001%".split()  # so that no search begins
 WORDS = ["", "abc", "hf-hub:someone/else", "../../etc/passwd", "/etc/passwd", "os.system", "cuda", "<script>", "\ud800"]
 NUMBERS = [0, -1, 1, 2, 3, 7, 2**16, 10**6, 10**9, 10**12, 2**62, 2**63, 10**400, 0.5, -0.0, 1e-300, 1e300]
 NUMBERS += [float("nan"), float("inf"), -float("inf")]
@@ -261,6 +263,7 @@ def attack_networks(trial: Trial, networks: dict[str, Path], cases: int) -> None
         for name, change in NAMED_CONFIGS.items():
             _try_folder(trial, f"{family}, {name}", change(text), weights, strict=False)
             if family == "vit":
+                trial.command(f"search --checkpoint, {name}", *UNREACHABLE, "--checkpoint", "hostile")
                 _try_folder(trial, f"{family}, {name}, no weights", change(text), None, strict=False)
     for case in range(cases):
         chance = random.Random(case)
@@ -296,6 +299,14 @@ def _try_folder(trial: Trial, case: str, text: str, weights: bytes | None, stric
         (folder / "model.safetensors").write_bytes(weights)
         trial.network(f"{case}, ofb.load", lambda: ofb.load(folder))
     trial.network(f"{case}, timm", lambda: timm.create_model(f"local-dir:{folder}", pretrained=True), strict)
+
+
+def attack_memory(trial: Trial, network: Path) -> None:
+    """Weights of some megabytes that fit a stream so wide that blocks as wide as it is would take 20 GB."""
+    folder = Path("wide")
+    config = json.loads(big((network / "config.json").read_text(), embed_dim=20_000, heads=1, head_dim=1, hidden=1))
+    ofb.save(build(config["model_args"]["network"]), folder)
+    trial.network("a wide stream of narrow blocks", lambda: ofb.load(folder))
 
 
 def attack_links(trial: Trial, network: Path) -> None:
@@ -408,6 +419,7 @@ def run_all(cases: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     trial = Trial()
     attack_networks(trial, networks, cases)
+    attack_memory(trial, networks["vit"])
     attack_links(trial, networks["vit"])
     attack_runs(trial, Path("found"), cases // 10)
     return {

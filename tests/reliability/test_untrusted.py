@@ -3,12 +3,12 @@
 What others may send you, a saved network, a run folder, a file of options, is damaged and forged case by case: bytes
 flipped and cut, every entry of config.json replaced by huge, negative and infinite numbers, by words, paths and nested
 lists; headers of safetensors that claim terabytes, pickles where weights should be, links to devices, YAML that unfolds
-a billionfold. `ofb.load`, timm's way to the folder, `ofb report`, `ofb profile` and `ofb search --config` read each of
-them, with the network forbidden and at most 4 GiB of memory more than they started with. What comes out is a network
-that works, or one line that says what is wrong.
+a billionfold. `ofb.load`, timm's way to the folder, `ofb report`, `ofb profile` and `ofb search` read them, with the
+network forbidden and at most 4 GiB of memory more than they started with. What comes out is a network that works, or
+one line that says what is wrong.
 
-Two limits: what is wrong in a config.json outside of its `network` entry timm refuses in its
-own words where timm reads it; and weights of the right shapes may hold any numbers.
+Two limits: where timm reads config.json, it refuses in its own words what is wrong outside of the `network` entry; and
+weights of the right shapes may hold any numbers.
 
 A report shows a stranger's words as words. From the hub come config.json and model.safetensors, and nothing else.
 """
