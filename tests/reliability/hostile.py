@@ -37,7 +37,7 @@ LARGEST_IMAGE = 1024  # pixels on a side that a network is given
 REFUSED, VALID = "refused", "valid"
 EXECUTION = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 CANARY = "executed"
-EVIL = """ "'><script>alert(1)</script><img src=x onerror=alert(1)>{{$\\frac{"""
+EVIL = """ "'><script>alert(1)</script><img src=x onerror=alert(1)>{{$\\frac{$"""
 MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=1 num_heads=2 --device cpu --batch-size 256"
 SEARCH = "--checkpoint dense --device cpu --batch-size 256 --epochs 1 --finetune-epochs 1 --target 60%"
 UNREACHABLE = "search --output never --device cpu --target 0.001%".split()  # so that no search begins
@@ -168,6 +168,7 @@ def with_network(text: str, change: Callable[[dict], Any]) -> str:
     return json.dumps(config)
 
 
+TIMM_ONLY = "10**5 brackets"  # what timm refuses with an error of its own
 NAMED_CONFIGS: dict[str, Callable[[str], str]] = {
     "a width of 10**9": lambda text: big(text, embed_dim=10**9),
     "a width of 10**5": lambda text: big(text, embed_dim=10**5),
@@ -175,11 +176,11 @@ NAMED_CONFIGS: dict[str, Callable[[str], str]] = {
     "images of 10**9 pixels": lambda text: with_network(text, lambda n: n.update(img_size=[10**9] * 2)),
     "images of 2**14 pixels": lambda text: with_network(text, lambda n: n.update(img_size=[2**14] * 2)),
     "10**5 blocks": lambda text: with_network(text, lambda n: n.get("stages", [n])[0].update(blocks=[{}] * 10**5)),
-    "10**9 classes": lambda text: json.dumps(json.loads(text) | {"model_args": {"num_classes": 10**9}}),
+    "10**9 classes": lambda text: text.replace('"network"', '"num_classes": 1000000000, "network"', 1),
     "a rope of its own device": lambda text: with_network(
         text, lambda n: n.update(rope={"kind": "cat", "dim": 8, "feat_shape": [10**5] * 2, "device": "cpu"})
     ),
-    "10**5 brackets": lambda text: "[" * 10**5,
+    TIMM_ONLY: lambda text: "[" * 10**5,
     "a number of 10**5 digits": lambda text: text.replace("{", '{"a": ' + "9" * 10**5 + ",", 1),
     "not JSON": lambda text: "import os; os.system('touch executed')",
     "nothing": lambda text: "",
@@ -261,10 +262,11 @@ def attack_networks(trial: Trial, networks: dict[str, Path], cases: int) -> None
     for family, folder in networks.items():
         text, weights = (folder / "config.json").read_text(), (folder / "model.safetensors").read_bytes()
         for name, change in NAMED_CONFIGS.items():
-            _try_folder(trial, f"{family}, {name}", change(text), weights, strict=False)
+            strict = name != TIMM_ONLY
+            _try_folder(trial, f"{family}, {name}", change(text), weights, strict)
             if family == "vit":
                 trial.command(f"search --checkpoint, {name}", *UNREACHABLE, "--checkpoint", "hostile")
-                _try_folder(trial, f"{family}, {name}, no weights", change(text), None, strict=False)
+                _try_folder(trial, f"{family}, {name}, no weights", change(text), None, strict)
     for case in range(cases):
         chance = random.Random(case)
         family = chance.choice(sorted(networks))
