@@ -197,6 +197,9 @@ NAMED_YAML = {
     "a day that is none": "model: 2026-99-99\n",
     "a number of 10**5 digits": "epochs: " + "9" * 10**5 + "\n",
     "not text": "\0\1\2",
+    "a number for a model": "target: 50%\nmodel: 3\n",
+    "a word for a number": "target: 50%\nbatch_size: many\n",
+    "a value of 10**5 signs": f"target: 50%\nmodel_kwargs: ['a={'-' * 10**5}1']\n",
     "a list": "- a\n",
     "keys that are lists": "? [a]\n: b\n",
 }
