@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+TOOLS := build/tools
 OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm masked_add_layer_norm local_norm \
 	dispatch nn supernet graph deit_shapes tuning,tests/test_$(module).py)
 
@@ -13,17 +14,18 @@ DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 \
 	--finetune-epochs 40 --finetune-lr 1e-3 --layer-decay None --no-model-ema
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench gpu gpu-test gpu-bench gpu-tune
+.PHONY: help install demo test bench lock audit gpu gpu-test gpu-bench gpu-tune
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## .venv with pinned dependencies and the project itself, editable
+install: $(STAMP)  ## .venv with the dependencies of requirements.lock and the project itself, editable
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned versions need Python 3.11 or newer, this is %s: make PYTHON=python3.12 ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,export,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: $(STAMP)  ## train, search and export a small ViT on real images: under 5 minutes on two cores
@@ -37,6 +39,17 @@ test: $(STAMP)  ## lint and every test: under 15 minutes on two cores
 
 bench: $(STAMP)  ## a search step beside a dense step, on this CPU
 	$(BIN)/python -m benchmarks.step --device cpu
+
+lock: $(TOOLS)  ## requirements.lock anew, from setup.py and constraints.txt
+	$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra test \
+		--constraint constraints.txt --custom-compile-command 'make lock' --output-file requirements.lock setup.py
+
+audit: $(TOOLS)  ## known vulnerabilities of what requirements.lock installs
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
+
+$(TOOLS):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 || { rm -r $@; false; }
 
 gpu: gpu-test gpu-bench  ## op tests and benchmarks on this machine's GPU, with $(PYTHON) as it is
 

@@ -1,8 +1,9 @@
 """What the config classes share: checks of their values, and their way to and from text."""
 
 import ast
+import reprlib
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
@@ -16,12 +17,33 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     """A config from what `to_dict` made of it.
 
     Raises:
-        ValueError: an unknown option, or a value out of range.
+        ValueError: an unknown option, or a value of another kind or out of range.
     """
-    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    unknown = sorted(map(str, set(values) - {field.name for field in fields(cls)}))
     if unknown:
         raise ValueError(f"config: {cls.__name__} has no option {', '.join(unknown)}; remove it")
+    kinds = get_type_hints(cls)
+    for key, value in values.items():
+        if not _fits(value, kinds[key]):
+            raise ValueError(f"{key}: expected {_kind(kinds[key])}, got {reprlib.repr(value)}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from a file is of a field's kind; lists stand for tuples, whole numbers for any."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, get_args(kind)[0]) for each in value)
+    if get_args(kind):  # a union
+        return any(_fits(value, each) for each in get_args(kind))
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _kind(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
 def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
@@ -35,7 +57,7 @@ def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
         raise ValueError(f"{argument}: expected key=value, got {pair!r}")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what ast says of odd and of deep ones
         return key, value
 
 

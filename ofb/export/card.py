@@ -1,10 +1,11 @@
 """A model card: what a saved network is, how large, how good, and how to load it, from its folder and its run's."""
 
-import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE
+from ofb.engine.untrusted import parse_json, parse_yaml
 from ofb.export.entry_point import NAME
 from ofb.export.folder import ARCHITECTURE
 from ofb.supernet.cost import readable
@@ -37,10 +38,18 @@ def model_card(folder: str | Path, repository: str) -> str:
         repository: USER/NAME.
 
     Raises:
-        ValueError: an earlier version saved the network, in a form that timm does not load.
+        FileNotFoundError: the folder holds no saved network.
+        ValueError: an earlier version saved the network, in a form that timm does not load; or a file is damaged.
     """
     folder = Path(folder)
-    config = json.loads((folder / ARCHITECTURE).read_text())
+    try:
+        return _card(folder, repository)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"folder: {folder} or its run has files that this package did not write: {error!r}") from error
+
+
+def _card(folder: Path, repository: str) -> str:
+    config = parse_json((folder / ARCHITECTURE).read_text())
     if config["architecture"] != NAME:
         raise ValueError(f"folder: expected a network in timm's form, got an earlier one in {folder}: load and save it")
     options, figures = _run(folder)
@@ -59,15 +68,13 @@ def model_card(folder: str | Path, repository: str) -> str:
 
 def _run(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """Options of the run the network comes from, and figures of the dense network and this one; empty if unknown."""
-    import yaml
-
     export = next((each for each in (folder.resolve(), folder.resolve().parent) if each.name == EXPORT_FOLDER), None)
     if export is None or not (export.parent / CONFIG_FILE).is_file():
         return {}, {}
     run = export.parent
-    options, figures = yaml.safe_load((run / CONFIG_FILE).read_text()), {}
+    options, figures = parse_yaml((run / CONFIG_FILE).read_text()), {}
     if (run / FIGURES_FILE).is_file():
-        found = json.loads((run / FIGURES_FILE).read_text())
+        found = parse_json((run / FIGURES_FILE).read_text())
         this = next((name for name in (folder.name, "compressed", "trained") if name in found), None)
         figures = {"dense": found.get("dense", {}), "this": found.get(this, {})}
     return options, figures
@@ -77,8 +84,9 @@ def _summary(options: dict[str, Any]) -> str:
     found = "A plain, dense Vision Transformer whose blocks have sizes of their own"
     if "target" not in options:
         return f"{found}."
-    start = "`" + options["model"] + "`" if options.get("checkpoint") is None else "a trained network"
-    target = f"targets {options['targets']}" if options.get("targets") else f"target {options['target']}"
+    start = f"`{_plain(options['model'])}`" if options.get("checkpoint") is None else "a trained network"
+    targets = options.get("targets")
+    target = f"targets {_plain(targets)}" if targets else f"target {_plain(options['target'])}"
     return (
         f"{found}, found inside {start} by one search ({target}) with OFB, "
         "[Once for Both](https://arxiv.org/abs/2403.15835)."
@@ -131,7 +139,12 @@ def _told(options: dict[str, Any]) -> list[str]:
         known["data"] = "an image folder"
     if options.get("checkpoint") is not None:  # then it is not the named model that the run started from
         known.pop("model", None)
-    return [f"- {key}: {value}" for key, value in known.items()]
+    return [f"- {key}: {_plain(value)}" for key, value in known.items()]
+
+
+def _plain(value: object) -> str:
+    """A value in one line that is neither HTML nor code."""
+    return escape(" ".join(str(value).split()).replace("`", "'"), quote=False)
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

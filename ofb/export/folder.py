@@ -10,6 +10,7 @@ from torch import nn
 
 from ofb.engine.checkpoint import write_atomically, write_text
 from ofb.engine.data import data_config
+from ofb.engine.untrusted import parse_json
 from ofb.export.entry_point import NAME, weights_cfg
 from ofb.export.sizes import WEIGHTS, count_params, on_meta
 from ofb.supernet.families import count_macs, describe
@@ -61,7 +62,7 @@ def load(folder: str | Path) -> nn.Module:
             hint = f"; there are networks in {inside}" if inside else ""
             raise FileNotFoundError(f"folder: expected {WEIGHTS} and {ARCHITECTURE} in {folder}, found no {name}{hint}")
     try:
-        network, known = _read(json.loads((folder / ARCHITECTURE).read_text()))
+        network, known = _read(parse_json((folder / ARCHITECTURE).read_text()))
         described = on_meta(network)
         cfg = weights_cfg(described, known)
     except (ValueError, TypeError, LookupError, AttributeError) as error:

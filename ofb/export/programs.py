@@ -4,6 +4,7 @@ Each file is read back and compared with the network before it takes its place.
 """
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ def export_program(model: nn.Module, path: str | Path) -> float:
 
 
 def _import_onnxruntime() -> ModuleType:
+    """onnxruntime, which from its import on tells its makers of the machine, unless it is told not to."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx needs it

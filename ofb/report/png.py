@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,7 +18,12 @@ LEGEND_LABELS = 9
 
 
 def save(path: str | Path, charts: Sequence[Chart]) -> None:
-    """Draw charts side by side into one PNG."""
+    """Draw charts side by side into one PNG; a $ in a word is a $."""
+    with rc_context({"text.parse_math": False}):
+        _save(path, charts)
+
+
+def _save(path: str | Path, charts: Sequence[Chart]) -> None:
     columns = min(COLUMNS, len(charts))
     rows = [charts[start : start + columns] for start in range(0, len(charts), columns)]
     heights = [max(chart.height for chart in row) for row in rows]

@@ -1,6 +1,5 @@
 """A run folder as it was left: finished, interrupted, or going on."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from ofb.engine.run_folder import (
     METRICS_FILE,
     RECONSTRUCTION_FILE,
 )
+from ofb.engine.untrusted import parse_json, parse_yaml
 
 SO_FAR = "so far"  # the name of what an unfinished search has come to
 
@@ -53,19 +53,17 @@ class Run:
         Raises:
             ValueError: it is none, or a file in it is damaged.
         """
-        import yaml
-
         folder = Path(folder)
         if not (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
             raise ValueError(f"run: expected a run folder with {CONFIG_FILE} or {METRICS_FILE}, got {folder}")
         return cls(
             folder.resolve().name,
-            _read(folder / CONFIG_FILE, yaml.safe_load, {}),
+            _read(folder / CONFIG_FILE, parse_yaml, {}),
             _read(folder / METRICS_FILE, _json_lines, []),
             _read(folder / HISTORY_FILE, _json_lines, []),
-            _read(folder / FOUND_FILE, json.loads, {}),
-            _read(folder / FIGURES_FILE, json.loads, {}),
-            _read(folder / IMPORTANCE_FILE, json.loads, {}),
+            _read(folder / FOUND_FILE, parse_json, {}),
+            _read(folder / FIGURES_FILE, parse_json, {}),
+            _read(folder / IMPORTANCE_FILE, parse_json, {}),
             (folder / RECONSTRUCTION_FILE).read_bytes() if (folder / RECONSTRUCTION_FILE).is_file() else b"",
         )
 
@@ -110,18 +108,16 @@ def _full(submodule: Mapping[str, Any]) -> list[int]:
 
 
 def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [parse_json(line) for line in text.splitlines() if line.strip()]
 
 
 def _read(path: Path, parse: Callable[[str], Any], missing: Any) -> Any:
     """What a file holds, or what stands for a file that is not there."""
-    import yaml
-
     if not path.is_file():
         return missing
     try:
         found = parse(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"run: {path} is damaged: {error}") from error
     if not isinstance(found, type(missing)):
         raise ValueError(f"run: {path} is damaged: expected a {type(missing).__name__}, got {type(found).__name__}")

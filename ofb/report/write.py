@@ -31,10 +31,10 @@ def write_report(folder: str | Path) -> Path:
     try:
         parts = sections(run)
         html = page(run, parts)
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        for part in parts:
+            if part.all_charts:
+                save(report / f"{part.name}.png", part.all_charts)
+        write_text(report / PAGE_FILE, html)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"run: {folder} holds files that this package did not write: {error!r}") from error
-    for part in parts:
-        if part.all_charts:
-            save(report / f"{part.name}.png", part.all_charts)
-    write_text(report / PAGE_FILE, html)
     return report / PAGE_FILE

@@ -87,7 +87,8 @@ def build(description: dict) -> Eva:
     options = {"qk_norm": True} if description["qk_norm"] else {}
     if description["layer_scale"] and not description["mlp_layer_scale"]:
         options["attn_only_layer_scale"] = True
-    model = Eva(
+    model = vit_description.without_memory(
+        Eva,
         img_size=tuple(description["img_size"]),
         patch_size=vit_description.patch_size(description),
         in_chans=description["in_chans"],
@@ -174,5 +175,9 @@ def _describe_rope(rope: nn.Module) -> dict[str, Any]:
 
 
 def _build_rope(description: dict[str, Any]) -> nn.Module:
+    layer = ROTARY[description["kind"]]
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in description.items() if name != "kind"}
-    return ROTARY[description["kind"]](**options)
+    known = inspect.signature(layer).parameters.keys() - {"device", "dtype"}
+    if not options.keys() <= known:
+        raise ValueError(f"description: expected rope with {', '.join(sorted(known))}, got {sorted(options)}")
+    return layer(**options)

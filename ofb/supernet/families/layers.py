@@ -124,6 +124,22 @@ def resized(layer: nn.Module, *sizes: int) -> nn.Module:
     return NORM_LAYERS[norm_kind(layer)](*sizes, eps=layer.eps, **options)
 
 
+def materialize(model: nn.Module) -> None:
+    """Give what is still on the meta device memory where tensors are made now, and fresh values, in place."""
+    for module in model.modules():
+        parameters, buffers = (dict(own(recurse=False)) for own in (module.named_parameters, module.named_buffers))
+        if not any(each.is_meta for each in (*parameters.values(), *buffers.values())):
+            continue
+        module.to_empty(device=torch.get_default_device(), recurse=False)
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            continue
+        for parameter in module.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()
+
+
 def sync_layers(model: nn.Module) -> None:
     """Bring the size attributes of linear layers and norms in line with their parameters."""
     for module in model.modules():

@@ -3,13 +3,14 @@
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ofb.supernet.families import attentions, mlps, pools
-from ofb.supernet.families.layers import ACTIVATION_LAYERS, NORM_LAYERS, activation, norm_kind, present
+from ofb.supernet.families.layers import ACTIVATION_LAYERS, NORM_LAYERS, activation, materialize, norm_kind, present
 from ofb.supernet.families.tokens import KeptPatches, kept_patches
 
 REQUIRED = {
@@ -85,7 +86,8 @@ def build(description: dict) -> VisionTransformer:
     description = completed(description, REQUIRED, DEFAULTS)
     final_norm = description["final_norm"]
     cls = VisionTransformerDistilled if description["distilled"] else VisionTransformer
-    model = cls(
+    model = without_memory(
+        cls,
         img_size=tuple(description["img_size"]),
         patch_size=patch_size(description),
         in_chans=description["in_chans"],
@@ -115,12 +117,12 @@ def build(description: dict) -> VisionTransformer:
         act_layer=ACTIVATION_LAYERS[description["activation"]],
         mlp_layer=MLP_LAYERS[description["mlp"]],
     )
+    resize(model, description)
     kept, patches = description["kept_patches"], model.patch_embed.num_patches
     if kept is not None:
         if kept not in range(1, patches + 1):
             raise ValueError(f"description: expected kept_patches of 1 to {patches}, got {kept!r}")
         model.patch_drop = KeptPatches(kept, model.num_prefix_tokens)
-    resize(model, description)
     return model
 
 
@@ -128,12 +130,20 @@ def completed(description: dict, required: set[str], defaults: dict[str, Any]) -
     """The description with defaults for what it may leave out.
 
     Raises:
-        ValueError: it lacks what it may not.
+        ValueError: it lacks what it may not, or its norms divide by nothing.
     """
     missing = sorted(required - description.keys())
     if missing:
         raise ValueError(f"description: expected entries {', '.join(sorted(required))}, lacking {missing}")
+    if not 0 < description["norm_eps"] < 1:
+        raise ValueError(f"description: expected norm_eps between 0 and 1, got {description['norm_eps']}")
     return defaults | description
+
+
+def without_memory(cls: type[nn.Module], **options: Any) -> nn.Module:
+    """A model on the meta device: timm makes all blocks as wide as the stream, which `resize` does not keep."""
+    with torch.device("meta"):
+        return cls(**options)
 
 
 def patch_size(description: dict) -> int | tuple[int, int]:
@@ -149,10 +159,11 @@ def norm_layer(description: dict) -> partial:
 
 
 def resize(model: nn.Module, description: dict) -> None:
-    """Give each block, and the attention pooling, its own sizes, in fresh layers."""
+    """Give each block, and the attention pooling, its own sizes, in fresh layers, and all of it memory."""
     width = description["embed_dim"]
     for block, sizes in zip(model.blocks, description["blocks"], strict=True):
         attentions.resize(block.attn, width, sizes["heads"], sizes["head_dim"])
         mlps.resize(block.mlp, width, sizes["hidden"])
     if description["attn_pool"] is not None:
         model.attn_pool = pools.build(description["attn_pool"], width, norm_layer(description))
+    materialize(model)
