@@ -34,6 +34,7 @@ setup(
         "timm>=1.0.23",
         "numpy>=1.26",
         "safetensors>=0.4",
+        "filelock>=3.14",
     ],
     extras_require={
         "cli": CLI,

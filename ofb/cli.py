@@ -39,6 +39,7 @@ from ofb.engine.tool_config import (
     ProfileConfig,
     ReportConfig,
 )
+from ofb.engine.untrusted import parse_yaml
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
 from ofb.profile import profile, profile_table
 from ofb.report import comparison_table, figures, write_report
@@ -305,17 +306,18 @@ def _arguments_of_file(config_class: type, path: str) -> list[str]:
             if isinstance(value, bool):
                 arguments.append(option if value else option.replace("--", "--no-", 1))
             else:
-                arguments += [option, *map(str, value if isinstance(value, list) else [value])]
+                values = [str(each) for each in (value if isinstance(value, list) else [value])]
+                if any(each.startswith("--") for each in values):
+                    raise ValueError(f"config: expected values of {name} in {path}, got what looks like options")
+                arguments += [option, *values]
     return arguments
 
 
 def _read_options(argument: str, path: Path) -> dict[str, Any]:
     """The options in a YAML file, as the file says them."""
-    import yaml
-
     try:
-        options = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        options = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: expected a YAML file of options, got {path}: {error}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"{argument}: expected a YAML file of options such as `epochs: 100`, got {path}")

@@ -52,6 +52,14 @@ def test_learning_rate_scales_with_the_batch():
         ({"drop_path": float("nan")}, "drop_path: expected"),
         ({"warmup_epochs": 1e9}, "warmup_epochs: expected 0 to"),
         ({"model_kwargs": ("img_size",)}, "model_kwargs: expected key=value, got 'img_size'"),
+        (
+            {"model_kwargs": ("checkpoint_path=/x",)},
+            "model_kwargs: expected sizes and parts of the model, got checkpoint",
+        ),
+        (
+            {"model_kwargs": ("pretrained_cfg={}",)},
+            "model_kwargs: expected sizes and parts of the model, got pretrained",
+        ),
         ({"resume": True}, "resume: expected the run folder as well; add --output FOLDER"),
         ({"data": "cifar10"}, "data: expected `digits`, a timm data set"),
     ],

@@ -12,6 +12,7 @@ from PIL import Image
 from ofb.engine.config import TrainConfig
 from ofb.engine.data import DIGITS_PARTS, Digits, RepeatedAugmentation, create_loaders, create_model
 from ofb.engine.seeding import seed_everything
+from ofb.engine.tool_config import EvaluateConfig
 
 CPU = torch.device("cpu")
 DIGITS_MODEL = {"model": "vit_tiny_patch16_224", "model_kwargs": ("embed_dim=16", "depth=1", "num_heads=2")}
@@ -118,6 +119,7 @@ def test_batch_larger_than_the_data():
     config = TrainConfig(batch_size=4096, **DIGITS_MODEL)
     with pytest.raises(ValueError, match="batch_size: expected no more than the training images, got 4096"):
         create_loaders(config, create_model(config), CPU)
+    assert len(create_loaders(EvaluateConfig(checkpoint="x", batch_size=4096), create_model(config), CPU).test) == 1
 
 
 def test_repeated_augmentation():

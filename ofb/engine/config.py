@@ -216,7 +216,11 @@ class TrainingConfig(RunConfig, DataConfig):
 
     def model_options(self) -> dict[str, Any]:
         """`model_kwargs` as keyword arguments; values are Python literals or else strings."""
-        return dict(key_and_value("model_kwargs", pair) for pair in self.model_kwargs)
+        options = dict(key_and_value("model_kwargs", pair) for pair in self.model_kwargs)
+        for name in options:  # a config may come from a stranger
+            if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir"):
+                raise ValueError(f"model_kwargs: expected sizes and parts of the model, got {name}; see --checkpoint")
+        return options
 
     def scaled_lr(self, lr_at_256: float) -> float:
         """The learning rate in use: `lr`, or the recipe's scaled to the batch size."""

@@ -139,7 +139,7 @@ def create_loaders(config: DataConfig, model: nn.Module, device: torch.device) -
     """
     make = _digits_loaders if config.data == "digits" else _timm_loaders
     loaders = make(config, model, device)
-    if len(loaders.train) == 0:
+    if isinstance(config, TrainingConfig) and len(loaders.train) == 0:
         raise ValueError(f"batch_size: expected no more than the training images, got {config.batch_size}")
     return loaders
 

@@ -23,6 +23,7 @@ from ofb.engine.seeding import seed_everything
 from ofb.engine.shards import Loader, shard
 from ofb.engine.stage import Stage, through_setbacks
 from ofb.engine.train import evaluate, run_epoch, set_drop_path, teaching, train
+from ofb.engine.untrusted import parse_json
 from ofb.supernet import LatencyTable, Supernet, measure_latency
 from ofb.supernet.families import build, describe, sizes_of
 from ofb.supernet.importance import leave_one_out, rank_correlation
@@ -199,9 +200,10 @@ def _latency_table(model: nn.Module, config: SearchConfig) -> LatencyTable:
     if path is None:
         return measure_latency(model, config.latency_batch_size, pick_device(config))
     try:
-        table = LatencyTable.from_dict(json.loads(Path(path).read_text()), model)
-    except (OSError, json.JSONDecodeError) as error:
+        saved = parse_json(Path(path).read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"latency_table: expected a latency.json that ofb wrote, got {path}: {error}") from error
+    table = LatencyTable.from_dict(saved, model)
     if table.batch_size != config.latency_batch_size:
         raise ValueError(
             f"latency_batch_size: expected {table.batch_size}, with which {path} was measured, got "
