@@ -17,7 +17,8 @@ from torch import Tensor
 
 import ofb_kernels
 from ofb_kernels import reference
-from ofb_kernels.dispatch import INTERPRETED
+from ofb_kernels.dispatch import INTERPRETED, MOST_ROWS
+from ofb_kernels.ops.bimask import MOST_CANDIDATES
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs single programs in Triton's interpreter")
 PAST = 2**31
