@@ -424,8 +424,8 @@ def _backward_bias_kernel(
         # ds = p ⊙ (dp − delta)
         grad_bias += p * (grad_p - delta[:, None])
 
-    partial_ptr += chunk * windows * heads * tokens * tokens + bias_offset
-    offsets = offsets_m.to(tl.int64)[:, None] * tokens + offsets_n[None, :]
+    rows = ((chunk * windows + window) * heads + head) * tokens + offsets_m
+    offsets = rows[:, None] * tokens + offsets_n[None, :]
     tl.store(partial_ptr + offsets, grad_bias, mask=in_queries[:, None] & in_keys[None, :])
 
 
