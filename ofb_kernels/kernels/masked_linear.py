@@ -129,7 +129,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N columns of BLOCK_M · STEPS rows."""
     tiles_n = tl.cdiv(columns, BLOCK_N)
-    chunk = (tl.program_id(0) // tiles_n).to(tl.int64)
+    chunk = tl.program_id(0) // tiles_n
     offsets_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
@@ -138,7 +138,7 @@ def _backward_kernel(
     for step in range(STEPS):
         offsets_m = (chunk * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (offsets_m < rows)[:, None] & in_columns[None, :]
-        rows_m = offsets_m[:, None]
+        rows_m = offsets_m.to(tl.int64)[:, None]
         pre = tl.load(pre_ptr + rows_m * columns + offsets_n[None, :], mask=inside, other=0.0).to(ACCUMULATOR)
         grad_out_offsets = rows_m * stride_gm + offsets_n.to(tl.int64)[None, :] * stride_gn
         grad_out = tl.load(grad_out_ptr + grad_out_offsets, mask=inside, other=0.0).to(ACCUMULATOR)
@@ -148,5 +148,6 @@ def _backward_kernel(
         tl.store(grad_pre_ptr + rows_m * columns + offsets_n[None, :], grad_pre, mask=inside)
         grad_mask += tl.sum(grad_masked * pre, 0)
         grad_bias += tl.sum(grad_pre, 0)
-    tl.store(partial_mask_ptr + chunk * columns + offsets_n, grad_mask, mask=in_columns)
-    tl.store(partial_bias_ptr + chunk * columns + offsets_n, grad_bias, mask=in_columns)
+    partial_offsets = chunk.to(tl.int64) * columns + offsets_n
+    tl.store(partial_mask_ptr + partial_offsets, grad_mask, mask=in_columns)
+    tl.store(partial_bias_ptr + partial_offsets, grad_bias, mask=in_columns)
