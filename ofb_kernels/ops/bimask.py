@@ -1,6 +1,5 @@
 """The op bimask: checks, choice of backend, and the Triton backend as a torch library op with its autograd."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -65,7 +64,7 @@ def bimask(
     ]
     check_shape(OP, "alpha", alpha, *stack, *(each.shape[-1] for each in counts))
     alive = torch.ones_like(alpha, dtype=torch.bool) if alive is None else _checked_alive(alive, alpha)
-    chosen = choose_backend(OP, backend, {"score": score}, _limits(counts))
+    chosen = choose_backend(OP, backend, {"score": score}, _limits(alpha.shape[len(stack) :].numel()))
     # Without heads: one head that is always kept.
     head_counts = counts[0] if score.dim() > 1 else torch.ones(1, dtype=torch.int64, device=score.device)
     implementation = {"reference": reference.bimask, "eager": eager.bimask, "triton": _triton}[chosen]
@@ -82,8 +81,7 @@ def bimask(
     return mask.view(score.shape).to(score.dtype)
 
 
-def _limits(counts: list[Tensor]) -> str | None:
-    candidates = math.prod(each.shape[-1] for each in counts)
+def _limits(candidates: int) -> str | None:
     too_many = f"expected at most {MOST_CANDIDATES} candidates, got {candidates}"
     return too_many if candidates > MOST_CANDIDATES else None
 
