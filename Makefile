@@ -14,10 +14,10 @@ DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 \
 	--finetune-epochs 40 --finetune-lr 1e-3 --layer-decay None --no-model-ema
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lock audit gpu gpu-test gpu-bench gpu-tune
+.PHONY: help install demo test reliability bench lock audit gpu gpu-test gpu-bench gpu-sanitize gpu-tune
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## .venv with the dependencies of requirements.lock and the project itself, editable
 
@@ -36,6 +36,9 @@ demo: $(STAMP)  ## train, search and export a small ViT on real images: under 5 
 test: $(STAMP)  ## lint and every test: under 15 minutes on two cores
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+reliability: $(STAMP)  ## what must not go wrong, at night length: about an hour; writes docs/RELIABILITY.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability
 
 bench: $(STAMP)  ## a search step beside a dense step, on this CPU
 	$(BIN)/python -m benchmarks.step --device cpu
@@ -60,6 +63,11 @@ gpu-bench:  ## the step and op benchmarks: CSVs and a page under benchmarks
 	$(PYTHON) -m benchmarks.step --device cuda --quick
 	$(PYTHON) -m benchmarks.ops --device cuda --quick
 	$(PYTHON) -m benchmarks.page
+
+# Without torch's caching of memory, memcheck sees where each tensor ends.
+gpu-sanitize:  ## the op tests under compute-sanitizer's memcheck and racecheck, for hours: not run yet, no GPU was at hand
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q $(OP_TESTS)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -q $(OP_TESTS)
 
 gpu-tune:  ## tune the kernels on this GPU, and ship what was fastest in ofb_kernels/measured.json
 	OFB_KERNELS_AUTOTUNE=1 $(PYTHON) -m benchmarks.ops --device cuda --quick

@@ -17,6 +17,7 @@ from ofb_kernels.measured import TABLE, capability_of, nearest, sizes_of
 
 BACKENDS = ("reference", "eager", "triton")
 BACKEND_VARIABLE = "OFB_KERNELS_BACKEND"  # in the environment
+MOST_ROWS = 2**31 - 2**12  # the kernels count rows in 32 bits, a tile past the last one
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED_DTYPES = (torch.float32, torch.float16, torch.float64)  # Triton's interpreter computes garbage in bf16
 
@@ -78,6 +79,9 @@ def triton_refusal(inputs: dict[str, Tensor], limits: str | None = None) -> str 
     for name, tensor in inputs.items():
         if not INTERPRETED and not tensor.is_cuda:
             return f"expected {name} on a CUDA device, got {tensor.device} (TRITON_INTERPRET=1 interprets on a CPU)"
+        rows = tensor.shape[:-1].numel()
+        if rows > MOST_ROWS:
+            return f"expected {name} of at most {MOST_ROWS} rows, got {rows}"
         if tensor.dtype not in supported:
             return f"expected {name} as one of {', '.join(map(_short, supported))}, got {_short(tensor.dtype)}"
     return limits

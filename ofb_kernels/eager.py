@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
+from ofb_kernels.rows import as_rows
 
 
 def bimask(
@@ -95,6 +96,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
         bias = bias.to(q.dtype)
         if len(bias) > 1:  # a copy for each sequence costs less than the copies of q, k and v that 5 dimensions take
             bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+    if q.shape[1] == 0:  # without heads SDPA ends the process on a CPU: torch 2.11 divides by their number
+        scores = q @ k.mT * scale if bias is None else q @ k.mT * scale + bias
+        return (scores.softmax(-1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
@@ -130,7 +134,7 @@ class _MaskedLayerNorm(torch.autograd.Function):
         x, mean, rstd, weight, bias, mask = ctx.saved_tensors
         with without_autocast(grad_out):
             shape = x.shape
-            x, grad_out, mean, rstd = (t.reshape(-1, t.shape[-1]) for t in (x, grad_out, mean, rstd))
+            x, grad_out, mean, rstd = (as_rows(t) for t in (x, grad_out, mean, rstd))
             r, share = rstd[:, 0], weight * mask / mask.sum()
             centered = x - mean
             buffer = grad_out * centered

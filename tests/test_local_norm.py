@@ -95,7 +95,7 @@ def test_opcheck(device):
         ({"window": 4}, ValueError, "expected window as an odd positive int, got 4"),
         ({"window": -1}, ValueError, "got -1"),
         ({"window": 3.0}, ValueError, "got 3.0"),
-        ({"eps": -1.0}, ValueError, "expected eps of at least 0, got -1.0"),
+        ({"eps": -1.0}, ValueError, "expected eps >= 0, got -1.0"),
         ({"eps": float("nan")}, ValueError, "got nan"),
         ({"backend": "numpy"}, ValueError, "got 'numpy'"),
     ],

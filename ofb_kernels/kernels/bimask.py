@@ -30,7 +30,7 @@ def forward(
     head_rank = score.new_empty(submodules, heads, dtype=torch.int32)
     channel_rank = torch.empty_like(score, dtype=torch.int32)
     with on_device_of(score):
-        _forward_kernel[(submodules, heads, triton.cdiv(channels, FORWARD_CONFIGURATION["BLOCK_UNITS"]))](
+        _forward_kernel[(submodules * heads * triton.cdiv(channels, FORWARD_CONFIGURATION["BLOCK_UNITS"]),)](
             score, alpha, head_counts, channel_counts, lam, alive, mask, head_rank, channel_rank,
             heads, channels, *candidates,
             BLOCK_CANDIDATES=triton.next_power_of_2(candidates.numel()), IMPORTANCE_UNIT=HEAD_IMPORTANCE_UNIT,
@@ -67,8 +67,10 @@ def _forward_kernel(
     BLOCK_HEADS: tl.constexpr, BLOCK_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_UNITS channels of one head of one submodule."""
-    submodule, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offsets_d = tl.program_id(2) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
+    tiles = tl.cdiv(channels, BLOCK_UNITS)
+    head_of_stack = tl.program_id(0) // tiles
+    submodule, head = (head_of_stack // heads).to(tl.int64), head_of_stack % heads
+    offsets_d = tl.program_id(0) % tiles * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
     in_channels = offsets_d < channels
     score_ptr += submodule * heads * channels
     first = head * channels

@@ -39,23 +39,23 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_derivative(x, ACTIVATION: tl.constexpr):
-    """act'(x), elementwise."""
+def activation_backward(grad, x, ACTIVATION: tl.constexpr):
+    """grad ⊙ act'(x)."""
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return cdf + x * density
+        return grad * (cdf + x * density)
     elif ACTIVATION == "gelu_tanh":
         gate = tl.sigmoid(2.0 * _gelu_tanh_argument(x))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        return gate + x * gate * (1.0 - gate) * slope
+        return grad * (gate + x * gate * (1.0 - gate) * slope)
     elif ACTIVATION == "relu":
-        return tl.where(x > 0.0, 1.0, 0.0)
+        return tl.where(x <= 0.0, 0.0, grad)  # as in torch NaN passes through, but nothing past an x ≤ 0
     elif ACTIVATION == "silu":
         gate = tl.sigmoid(x)
-        return gate * (1.0 + x * (1.0 - gate))
+        return grad * (gate * (1.0 + x * (1.0 - gate)))
     else:
-        return tl.full(x.shape, 1.0, x.dtype)
+        return grad
 
 
 @triton.jit

@@ -57,11 +57,11 @@ def _column_sums_kernel(
     for shift in range(-HALF, HALF + 1):
         shifted = rows + shift
         inside = ((shifted >= 0) & (shifted < height))[:, None] & in_columns
-        pointers = images_ptr + plane + shifted[:, None] * width + columns[None, :]
+        pointers = images_ptr + plane + shifted.to(tl.int64)[:, None] * width + columns[None, :]
         x = tl.load(pointers, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_H, BLOCK_W)
         total += x
         total_squares += x * x
-    offsets = plane + rows[:, None] * width + columns[None, :]
+    offsets = plane + rows.to(tl.int64)[:, None] * width + columns[None, :]
     inside = (rows < height)[:, None] & in_columns
     tl.store(sums_ptr + offsets, total, mask=inside)
     tl.store(squares_ptr + offsets, total_squares, mask=inside)
@@ -81,14 +81,14 @@ def _normalize_kernel(
     for shift in range(-HALF, HALF + 1):
         shifted = columns + shift
         inside = in_rows & ((shifted >= 0) & (shifted < width))[None, :]
-        offsets = plane + rows[:, None] * width + shifted[None, :]
+        offsets = plane + rows.to(tl.int64)[:, None] * width + shifted[None, :]
         total += tl.load(sums_ptr + offsets, mask=inside, other=0.0)  # (BLOCK_H, BLOCK_W)
         total_squares += tl.load(squares_ptr + offsets, mask=inside, other=0.0)
     # n pixels of the window lie inside the image: μ = Σx / n, σ² = (Σx² − n·μ²) / (n − 1)
     pixels = (_window_size(rows, height, HALF)[:, None] * _window_size(columns, width, HALF)[None, :]).to(ACCUMULATOR)
     mean = total / pixels
     variance = (total_squares - total * mean) / tl.maximum(pixels - 1.0, 1.0)
-    offsets = plane + rows[:, None] * width + columns[None, :]
+    offsets = plane + rows.to(tl.int64)[:, None] * width + columns[None, :]
     inside = in_rows & (columns < width)[None, :]
     x = tl.load(images_ptr + offsets, mask=inside, other=0.0).to(ACCUMULATOR)
     normalized = (x - mean) / tl.sqrt(tl.maximum(variance, 0.0) + EPS)

@@ -105,7 +105,7 @@ def forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None = None)
     def launch(configuration: dict) -> None:
         _forward_kernel[(batch * heads * triton.cdiv(tokens, configuration["BLOCK_M"]),)](
             qkv, mask, bias, out, log_sum_exp,
-            tokens, heads, windows, *qkv.stride(),
+            tokens, heads, windows, *_strides(qkv),
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], SCALE=scale, **_constants(qkv), **configuration,
         )  # fmt: skip
 
@@ -131,7 +131,7 @@ def backward(
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sum_exp)
     mask, bias, windows = mask.contiguous(), *_dense(bias)
-    sizes = (tokens, heads, windows, *qkv.stride(), *grad_out.stride())
+    sizes = (tokens, heads, windows, *_strides(qkv), *grad_out.stride())
     constants = dict(SCALE=scale, **_constants(qkv))
 
     def launch_query(configuration: dict) -> Tensor:
@@ -165,7 +165,7 @@ def backward_bias(
     """grad_bias (W, H, N, N) in accumulator precision."""
     batch, tokens, _, heads, _ = qkv.shape
     mask, bias, windows = mask.contiguous(), *_dense(bias)
-    sizes = (batch // windows, tokens, heads, windows, *qkv.stride(), *grad_out.stride())
+    sizes = (batch // windows, tokens, heads, windows, *_strides(qkv), *grad_out.stride())
 
     def launch(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"]) * triton.cdiv(tokens, configuration["BLOCK_N"])
@@ -186,6 +186,13 @@ def backward_bias(
 def _dense(bias: Tensor | None) -> tuple[Tensor | None, int]:
     """The bias as one block of memory, and its windows."""
     return (None, 1) if bias is None else (bias.contiguous(), len(bias))
+
+
+def _strides(qkv: Tensor) -> tuple[int, ...]:
+    """Of a sequence and a token, from q to k and to v, of a head and a channel. Twice a stride may pass 2³¹: not in a
+    kernel, where it would stay an int32."""
+    stride_b, stride_n, stride_part, stride_h, stride_d = qkv.stride()
+    return stride_b, stride_n, stride_part, 2 * stride_part, stride_h, stride_d
 
 
 def _run(kernel: str, configurations: dict, qkv: Tensor, launch: Callable[[dict], Result]) -> Result:
@@ -209,7 +216,7 @@ def _constants(qkv: Tensor) -> dict:
 def _forward_kernel(
     qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr,
     tokens, heads, windows,
-    stride_b, stride_n, stride_part, stride_h, stride_d,
+    stride_b, stride_n, stride_k, stride_v, stride_h, stride_d,
     WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -227,8 +234,8 @@ def _forward_kernel(
 
     if WHOLE_ROW:
         scores, v = _scores_and_v(
-            scaled_q, qkv_ptr, bias_ptr, offsets_m, 0, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
-            ACCUMULATOR, PRECISION, BLOCK_N,
+            scaled_q, qkv_ptr, bias_ptr, offsets_m, 0, tokens, offsets_d, in_head,
+            stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N,
         )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
         row_max = tl.max(scores, 1)
         p = tl.exp2(scores - row_max[:, None])
@@ -241,7 +248,7 @@ def _forward_kernel(
         for start_n in range(0, tokens, BLOCK_N):
             scores, v = _scores_and_v(
                 scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
-                stride_n, stride_part, stride_d, ACCUMULATOR, PRECISION, BLOCK_N,
+                stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N,
             )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
             # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -266,7 +273,7 @@ def _forward_kernel(
 def _backward_query_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
-    stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
+    stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -297,8 +304,8 @@ def _backward_query_kernel(
     for start_n in range(0, tokens, BLOCK_N):
         offsets_n = start_n + tl.arange(0, BLOCK_N)
         in_keys = offsets_n < tokens
-        k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-        v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
         scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
         if bias_ptr is not None:
             scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
@@ -321,7 +328,7 @@ def _backward_query_kernel(
 def _backward_key_value_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
-    stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
+    stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -334,8 +341,8 @@ def _backward_key_value_kernel(
     grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
     first_row = (batch * heads + head) * tokens
     mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
-    k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-    v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     scaled_k = (k.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(k.dtype)  # (BLOCK_N, BLOCK_D)
     masked_v = (v.to(ACCUMULATOR) * mask[None, :]).to(v.dtype)  # (BLOCK_N, BLOCK_D)
     if bias_ptr is not None:
@@ -376,7 +383,7 @@ def _backward_key_value_kernel(
 def _backward_bias_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, partial_ptr,
     sequences, tokens, heads, windows,
-    stride_b, stride_n, stride_part, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
+    stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     chunks,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -401,8 +408,8 @@ def _backward_bias_kernel(
         grad_out_head_ptr = grad_out_ptr + batch * stride_gb + head * HEAD_DIM * stride_gd
         out_head_ptr = out_ptr + (batch * tokens * heads + head) * HEAD_DIM
         q = _load_rows(head_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
-        k = _load_rows(head_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-        v = _load_rows(head_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        k = _load_rows(head_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+        v = _load_rows(head_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
         grad_out = _load_rows(grad_out_head_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
         out = _load_rows(out_head_ptr, offsets_m, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
         rows = (batch * heads + head) * tokens + offsets_m
@@ -417,20 +424,21 @@ def _backward_bias_kernel(
         # ds = p ⊙ (dp − delta)
         grad_bias += p * (grad_p - delta[:, None])
 
-    offsets = chunk * windows * heads * tokens * tokens + bias_offset + offsets_m[:, None] * tokens + offsets_n[None, :]
+    rows = ((chunk * windows + window) * heads + head) * tokens + offsets_m
+    offsets = rows[:, None] * tokens + offsets_n[None, :]
     tl.store(partial_ptr + offsets, grad_bias, mask=in_queries[:, None] & in_keys[None, :])
 
 
 @triton.jit
 def _scores_and_v(
-    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_part, stride_d,
+    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of keys, −∞ past the last key, and the tile's values."""
     offsets_n = start_n + tl.arange(0, BLOCK_N)
     in_keys = offsets_n < tokens
-    k = _load_rows(qkv_ptr + stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-    v = _load_rows(qkv_ptr + 2 * stride_part, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     if bias_ptr is not None:
         scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
@@ -441,7 +449,8 @@ def _scores_and_v(
 def _load_bias(ptr, offsets_m, offsets_n, tokens, ACCUMULATOR: tl.constexpr):
     """The bias of a tile of scores, in base 2, zero outside; either of queries and keys may stand in rows."""
     inside = (offsets_m < tokens) & (offsets_n < tokens)
-    return tl.load(ptr + offsets_m * tokens + offsets_n, mask=inside, other=0.0).to(ACCUMULATOR) * _LOG2_E
+    bias = tl.load(ptr + offsets_m.to(tl.int64) * tokens + offsets_n, mask=inside, other=0.0)
+    return bias.to(ACCUMULATOR) * _LOG2_E
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
     activate,
-    activation_derivative,
+    activation_backward,
     dot_precision,
     on_device_of,
 )
@@ -78,7 +78,7 @@ def backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None
         chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
         partial_mask = pre.new_empty((chunks, columns), dtype=partial_dtype)
         partial_bias = torch.empty_like(partial_mask)
-        _backward_kernel[(triton.cdiv(columns, configuration["BLOCK_N"]), chunks)](
+        _backward_kernel[(chunks * triton.cdiv(columns, configuration["BLOCK_N"]),)](
             grad_out, pre, mask, grad_pre, partial_mask, partial_bias,
             rows, columns,
             grad_out.stride(0), grad_out.stride(1),
@@ -128,8 +128,9 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N columns of BLOCK_M · STEPS rows."""
-    chunk = tl.program_id(1)
-    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    chunk = tl.program_id(0) // tiles_n
+    offsets_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
     grad_mask = tl.zeros((BLOCK_N,), ACCUMULATOR)
@@ -142,10 +143,11 @@ def _backward_kernel(
         grad_out_offsets = rows_m * stride_gm + offsets_n.to(tl.int64)[None, :] * stride_gn
         grad_out = tl.load(grad_out_ptr + grad_out_offsets, mask=inside, other=0.0).to(ACCUMULATOR)
         # du = dout ⊙ act'(pre ⊙ m), dpre = du ⊙ m
-        grad_masked = grad_out * activation_derivative(pre * mask[None, :], ACTIVATION)  # (BLOCK_M, BLOCK_N)
+        grad_masked = activation_backward(grad_out, pre * mask[None, :], ACTIVATION)  # (BLOCK_M, BLOCK_N)
         grad_pre = grad_masked * mask[None, :]
         tl.store(grad_pre_ptr + rows_m * columns + offsets_n[None, :], grad_pre, mask=inside)
         grad_mask += tl.sum(grad_masked * pre, 0)
         grad_bias += tl.sum(grad_pre, 0)
-    tl.store(partial_mask_ptr + chunk * columns + offsets_n, grad_mask, mask=in_columns)
-    tl.store(partial_bias_ptr + chunk * columns + offsets_n, grad_bias, mask=in_columns)
+    partial_offsets = chunk.to(tl.int64) * columns + offsets_n
+    tl.store(partial_mask_ptr + partial_offsets, grad_mask, mask=in_columns)
+    tl.store(partial_bias_ptr + partial_offsets, grad_bias, mask=in_columns)

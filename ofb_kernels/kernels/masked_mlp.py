@@ -17,7 +17,7 @@ from torch import Tensor
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
     activate,
-    activation_derivative,
+    activation_backward,
     dot_precision,
     on_device_of,
 )
@@ -103,7 +103,7 @@ def _backward_kernel(
     # hidden = act(pre ⊙ m), du = dhidden ⊙ act'(pre ⊙ m), dpre = du ⊙ m
     masked = pre * mask[None, :]
     tl.store(hidden_ptr + offsets, activate(masked, ACTIVATION), mask=inside)
-    grad_masked = grad_hidden * activation_derivative(masked, ACTIVATION)  # (BLOCK_M, BLOCK_N)
+    grad_masked = activation_backward(grad_hidden, masked, ACTIVATION)  # (BLOCK_M, BLOCK_N)
     grad_pre = grad_masked * mask[None, :]
     tl.store(grad_pre_ptr + offsets, grad_pre, mask=inside)
     # dm = Σ_rows du ⊙ pre, db = Σ_rows dpre; rows outside have dout = 0

@@ -31,12 +31,13 @@ def product_tile(
     in_columns = (offsets_n < columns)[None, :]
     a_ptrs = a_ptr + offsets_m.to(tl.int64)[:, None] * stride_am + offsets_k.to(tl.int64)[None, :] * stride_ak
     b_ptrs = b_ptr + offsets_n.to(tl.int64)[None, :] * stride_bn + offsets_k.to(tl.int64)[:, None] * stride_bk
+    step = tl.full((), BLOCK_K, tl.int64)  # times a stride of a transposed matrix it may pass 2³¹
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     for start_k in range(0, inner, BLOCK_K):
         in_inner = offsets_k < inner - start_k
         a = tl.load(a_ptrs, mask=in_rows & in_inner[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
         b = tl.load(b_ptrs, mask=in_inner[:, None] & in_columns, other=0.0)  # (BLOCK_K, BLOCK_N)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+        a_ptrs += step * stride_ak
+        b_ptrs += step * stride_bk
     return accumulator

@@ -11,6 +11,7 @@ from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_floating, check_shape
 
 OP = "bimask"
+MOST_CANDIDATES = 4096  # the kernels hold all of a submodule's at once
 Counts = Sequence[int] | Tensor
 
 
@@ -63,7 +64,7 @@ def bimask(
     ]
     check_shape(OP, "alpha", alpha, *stack, *(each.shape[-1] for each in counts))
     alive = torch.ones_like(alpha, dtype=torch.bool) if alive is None else _checked_alive(alive, alpha)
-    chosen = choose_backend(OP, backend, {"score": score})
+    chosen = choose_backend(OP, backend, {"score": score}, _limits(alpha.shape[len(stack) :].numel()))
     # Without heads: one head that is always kept.
     head_counts = counts[0] if score.dim() > 1 else torch.ones(1, dtype=torch.int64, device=score.device)
     implementation = {"reference": reference.bimask, "eager": eager.bimask, "triton": _triton}[chosen]
@@ -78,6 +79,11 @@ def bimask(
             _with_dims(3, alive),
         )
     return mask.view(score.shape).to(score.dtype)
+
+
+def _limits(candidates: int) -> str | None:
+    too_many = f"expected at most {MOST_CANDIDATES} candidates, got {candidates}"
+    return too_many if candidates > MOST_CANDIDATES else None
 
 
 def _with_dims(dims: int, tensor: Tensor) -> Tensor:

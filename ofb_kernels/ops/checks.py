@@ -3,17 +3,21 @@
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """Every argument is a floating-point tensor, all on one device; only a bias may be None."""
+    """Every argument is a dense floating-point tensor, all on one device; only a bias may be None."""
     device = None
     for name, tensor in tensors.items():
         if tensor is None and name.endswith("bias"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected {name} as a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in FLOATING:
             raise TypeError(f"{op}: expected {name} as a floating-point tensor, got {tensor.dtype}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{op}: expected {name} as a dense tensor, got {tensor.layout}; use to_dense()")
         if device is not None and tensor.device != device:
             raise ValueError(f"{op}: expected every tensor on {device}, got {name} on {tensor.device}; move it there")
         device = tensor.device
@@ -34,6 +38,13 @@ def check_shape(op: str, name: str, tensor: Tensor | None, *expected: int | str)
 def check_choice(op: str, name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{op}: expected {name} as one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_eps(op: str, eps: float) -> None:
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: expected eps as a float, got {type(eps).__name__}")
+    if not eps >= 0:  # NaN is not
+        raise ValueError(f"{op}: expected eps >= 0, got {eps}")
 
 
 def compute_dtype(op: str, x: Tensor, **weights: Tensor | None) -> torch.dtype:

@@ -6,7 +6,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape
+from ofb_kernels.ops.checks import check_eps, check_floating, check_shape
 
 MOST_PLANES = 65535  # CUDA's limit on the second grid dimension
 
@@ -37,11 +37,12 @@ def local_norm(images: Tensor, window: int = 47, eps: float = 1e-6, backend: str
     check_shape(op, "images", images, "B", "C", "H", "W")
     if not isinstance(window, int) or window < 1 or window % 2 == 0:
         raise ValueError(f"{op}: expected window as an odd positive int, got {window!r}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: expected eps of at least 0, got {eps}")
+    check_eps(op, eps)
     planes = images.shape[0] * images.shape[1]
     limits = f"expected at most {MOST_PLANES} image planes B · C, got {planes}" if planes > MOST_PLANES else None
     chosen = choose_backend(op, backend, {"images": images}, limits)
+    if images.numel() == 0:  # which avg_pool2d takes in some dimensions only
+        return torch.empty_like(images, memory_format=torch.contiguous_format)
     if chosen == "triton":
         return torch.ops.ofb_kernels.local_norm(images, window, eps)
     implementation = {"reference": reference, "eager": eager}[chosen].local_norm

@@ -6,8 +6,9 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype
+from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype
 from ofb_kernels.ops.masked_layer_norm import width_limit
+from ofb_kernels.rows import as_rows
 
 
 def masked_add_layer_norm(
@@ -58,8 +59,7 @@ def masked_add_layer_norm(
     check_shape(op, "sample_scale", sample_scale, x.shape[0])
     if sample_scale is not None and sample_scale.requires_grad:
         raise ValueError(f"{op}: expected sample_scale without a gradient, got one that requires it; detach it")
-    if eps < 0:
-        raise ValueError(f"{op}: expected eps >= 0, got {eps}")
+    check_eps(op, eps)
     dtype = compute_dtype(op, x, branch=branch, weight=weight, bias=bias)
     chosen = choose_backend(op, backend, {"x": x, "branch": branch, "mask": mask}, width_limit(x.shape[-1]))
     if chosen == "triton":
@@ -82,7 +82,7 @@ def _forward(
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
     out, stream, mean, rstd = kernel.forward(
-        x.reshape(-1, x.shape[-1]), weight, bias, mask, eps, dtype, _branch(branch, branch_mask, sample_scale)
+        as_rows(x), weight, bias, mask, eps, dtype, _branch(branch, branch_mask, sample_scale)
     )
     return stream.view(x.shape), out.view(x.shape), mean, rstd
 
@@ -102,7 +102,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
-    grad_stream, grad_out, rows = (each.reshape(-1, each.shape[-1]) for each in (grad_stream, grad_out, stream))
+    grad_stream, grad_out, rows = (as_rows(each) for each in (grad_stream, grad_out, stream))
     grad_x, grad_branch, grad_vectors = kernel.backward(
         grad_out, rows, weight, bias, mask, mean, rstd, eps, grad_stream, _branch(branch, branch_mask, sample_scale)
     )
@@ -118,7 +118,7 @@ def _branch(branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None):
     from ofb_kernels.kernels.masked_layer_norm import Branch
 
     rows_per_sample = branch.shape[1:-1].numel()
-    return Branch(branch.reshape(-1, branch.shape[-1]), branch_mask, sample_scale, rows_per_sample)
+    return Branch(as_rows(branch), branch_mask, sample_scale, rows_per_sample)
 
 
 def _setup_context(ctx, inputs, output):

@@ -6,7 +6,8 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype
+from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype
+from ofb_kernels.rows import as_rows
 
 MAX_WIDTH = 4096  # the kernels hold a whole row in registers; a wider one would spill
 
@@ -48,8 +49,7 @@ def masked_layer_norm(
     width = x.shape[-1]
     for name, vector in {"weight": weight, "bias": bias, "mask": mask}.items():
         check_shape(op, name, vector, width)
-    if eps < 0:
-        raise ValueError(f"{op}: expected eps >= 0, got {eps}")
+    check_eps(op, eps)
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
     chosen = choose_backend(op, backend, {"x": x, "mask": mask}, width_limit(width))
     if chosen == "triton":
@@ -72,7 +72,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
-    out, _, mean, rstd = kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias, mask, eps, dtype)
+    out, _, mean, rstd = kernel.forward(as_rows(x), weight, bias, mask, eps, dtype)
     return out.view(x.shape), mean, rstd
 
 
@@ -89,10 +89,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
-    width = x.shape[-1]
-    grad_x, _, grad_vectors = kernel.backward(
-        grad_out.reshape(-1, width), x.reshape(-1, width), weight, bias, mask, mean, rstd, eps
-    )
+    grad_x, _, grad_vectors = kernel.backward(as_rows(grad_out), as_rows(x), weight, bias, mask, mean, rstd, eps)
     return grad_x.view(x.shape), grad_vectors
 
 

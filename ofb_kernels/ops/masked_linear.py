@@ -6,6 +6,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad
+from ofb_kernels.rows import as_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -60,7 +61,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from ofb_kernels.kernels import masked_linear as kernel
 
-    out, pre = kernel.forward(x.reshape(-1, x.shape[-1]), weight, bias, mask, activation, save_pre)
+    out, pre = kernel.forward(as_rows(x), weight, bias, mask, activation, save_pre)
     return out.view(*x.shape[:-1], weight.shape[0]), pre
 
 
@@ -74,7 +75,7 @@ def _(x, weight, bias, mask, activation, save_pre):
 def _backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
     from ofb_kernels.kernels import masked_linear as kernel
 
-    return kernel.backward(grad_out.reshape(-1, grad_out.shape[-1]), pre, mask, activation)
+    return kernel.backward(as_rows(grad_out), pre, mask, activation)
 
 
 @_backward.register_fake
@@ -96,7 +97,7 @@ def _autograd_backward(ctx, grad_out, _grad_pre):
     needs_x, needs_weight, needs_bias, needs_mask, *_ = ctx.needs_input_grad
     return (
         (grad_pre @ weight).view_as(x) if needs_x else None,
-        grad_pre.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
+        grad_pre.t() @ as_rows(x) if needs_weight else None,
         grad_bias.to(x.dtype) if ctx.has_bias and needs_bias else None,
         grad_mask.to(mask.dtype) if needs_mask else None,
         None,

@@ -7,6 +7,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad
+from ofb_kernels.rows import as_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -78,7 +79,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from ofb_kernels.kernels import masked_linear as kernel
 
-    hidden, pre = kernel.forward(x.reshape(-1, x.shape[-1]), fc1_weight, fc1_bias, mask, activation, save_pre)
+    hidden, pre = kernel.forward(as_rows(x), fc1_weight, fc1_bias, mask, activation, save_pre)
     return F.linear(hidden, fc2_weight, fc2_bias).view(*x.shape[:-1], fc2_weight.shape[0]), pre
 
 
@@ -111,14 +112,14 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, grad_out, _grad_pre):
     x, fc1_weight, mask, fc2_weight, pre = ctx.saved_tensors
-    grad_out = grad_out.reshape(-1, grad_out.shape[-1])
+    grad_out = as_rows(grad_out)
     grad_pre, hidden, grad_mask, grad_fc1_bias = torch.ops.ofb_kernels.masked_mlp_backward(
         grad_out, fc2_weight, pre, mask, ctx.activation
     )
     needs_x, needs_fc1_weight, needs_fc1_bias, needs_mask, needs_fc2_weight, needs_fc2_bias, *_ = ctx.needs_input_grad
     return (
         (grad_pre @ fc1_weight).view_as(x) if needs_x else None,
-        grad_pre.t() @ x.reshape(-1, x.shape[-1]) if needs_fc1_weight else None,
+        grad_pre.t() @ as_rows(x) if needs_fc1_weight else None,
         grad_fc1_bias.to(x.dtype) if ctx.has_fc1_bias and needs_fc1_bias else None,
         grad_mask.to(mask.dtype) if needs_mask else None,
         grad_out.t() @ hidden if needs_fc2_weight else None,
