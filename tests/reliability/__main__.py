@@ -7,10 +7,14 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
+from ofb.engine.checkpoint import write_text
 from tests.reliability.conftest import EVIDENCE, NIGHT
 
 FOLDER = Path(__file__).parent
@@ -30,34 +34,40 @@ def main() -> int:
         if code:
             print("a test failed: the page stays as it was", file=sys.stderr)
             return code
-        PAGE.write_text(page(figures.read_text()))
+        write_text(PAGE, page(figures.read_text(), results.read_text()))
     print(PAGE)
     return 0
 
 
-def page(figures: str) -> str:
-    """The page of what was noted: JSON lines of the `evidence` fixture."""
+def page(figures: str, results: str) -> str:
+    """The page of what was noted and of how many tests passed.
+
+    Args:
+        figures: JSON lines of the `evidence` fixture.
+        results: pytest's JUnit XML.
+    """
     entries = [json.loads(line) for line in figures.splitlines()]
-    where = f"Python {platform.python_version()}, torch {torch.__version__}, {_commit()}"
-    sections = [_section(path.stem, entries) for path in sorted(FOLDER.glob("test_*.py"))]
-    return "\n".join([INTRODUCTION, f"Last run: {where}, {_device()}.\n", *sections])
+    cases = ElementTree.fromstring(results).iter("testcase")
+    passed = Counter(case.get("classname") for case in cases if case.find("skipped") is None)
+    where = f"Python {platform.python_version()}, torch {torch.__version__}, {_commit()}, {_device()}"
+    sections = [_section(path.stem, entries, passed) for path in sorted(FOLDER.glob("test_*.py"))]
+    return "\n".join([INTRODUCTION, f"Last run: {where}.\n", *sections])
 
 
-def _section(module: str, entries: list[dict]) -> str:
+def _section(module: str, entries: list[dict], passed: Mapping[str, int]) -> str:
     name = f"{__package__}.{module}"
     title, _, text = importlib.import_module(name).__doc__.partition("\n")
-    lines = [f"## {title.rstrip('.')}", "", text.strip(), ""] if text.strip() else [f"## {title.rstrip('.')}", ""]
     figures: dict[str, object] = {}
-    for entry in entries:
-        if entry["module"] == name:
-            what, figure = entry["what"], entry["figure"]
-            figures[what] = figures[what] + figure if what in figures and isinstance(figure, int) else figure
-    rows = [
-        f"| {what} | {figure:,} |" if isinstance(figure, int) else f"| {what} | {figure} |"
-        for what, figure in figures.items()
-    ]
-    table = ["| | |", "|---|---|", *rows, ""] if rows else []
-    return "\n".join([*lines, *table, f"(`tests/reliability/{module}.py`)", ""])
+    for what, figure in ((entry["what"], entry["figure"]) for entry in entries if entry["module"] == name):
+        figures[what] = figures[what] + figure if what in figures and isinstance(figure, int) else figure
+    rows = [f"| {what} | {_shown(figure)} |" for what, figure in figures.items()]
+    rows.append(f"| tests passed (`tests/reliability/{module}.py`) | {passed[name]:,} |")
+    heading = [f"## {title.rstrip('.')}", "", *([text.strip(), ""] if text.strip() else [])]
+    return "\n".join([*heading, "| | |", "|---|---|", *rows, ""])
+
+
+def _shown(figure: object) -> str:
+    return f"{figure:,}" if isinstance(figure, int) else str(figure)
 
 
 def _commit() -> str:

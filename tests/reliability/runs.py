@@ -83,6 +83,18 @@ def stopped(process: multiprocessing.Process, ready: Callable[[], bool], number:
     return finished(process)
 
 
+def after_a_checkpoint(folder: Path, seconds: float) -> Callable[[], bool]:
+    """Whether so much time has passed since a checkpoint was written that is not there yet."""
+    before, waits = set(folder.glob("checkpoints/*")), []
+
+    def passed() -> bool:
+        if not waits and set(folder.glob("checkpoints/*")) - before:
+            waits.append(after(seconds))
+        return bool(waits) and waits[0]()
+
+    return passed
+
+
 def dense_network(folder: Path) -> Path:
     """A small ViT for the digits, saved: what a search starts from and learns from."""
     torch.manual_seed(0)
@@ -119,6 +131,7 @@ def moments(seed: int, longest: float):
 
 def _run(arguments: list[str], log: Path, first: Callable[[], object] | None) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for its own processes, as in any other
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, tests there as well
     torch.set_num_threads(1)
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         if first is not None:

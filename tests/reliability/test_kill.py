@@ -16,6 +16,7 @@ import pytest
 from ofb.engine.checkpoint import TEMPORARY, load_checkpoint
 from tests.reliability.runs import (
     after,
+    after_a_checkpoint,
     dense_network,
     finished,
     image_folder,
@@ -82,8 +83,8 @@ def test_images_that_other_processes_augment(tmp_path, evidence):
     log = tmp_path / "log"
     assert finished(started(arguments, tmp_path / "straight", log)) == 0, log.read_text()
     folder, kills = tmp_path / "run", 0
-    for moment in (0.6, 0.9, 1.2):
-        kills += killed(started(arguments, folder, log), after(moment))
+    for moment, _ in zip(moments(seed=0, longest=0.1), range(3), strict=False):
+        kills += killed(started(arguments, folder, log), after_a_checkpoint(folder, moment))
     assert finished(started(arguments, folder, log)) == 0, log.read_text()
     assert results(folder) == results(tmp_path / "straight")
     assert kills >= 2
@@ -93,12 +94,10 @@ def test_images_that_other_processes_augment(tmp_path, evidence):
 def test_asked_to_stop(search, tmp_path, evidence):
     arguments, expected = search
     folder, log = tmp_path / "run", tmp_path / "log"
-    begun = folder / "checkpoints"
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        before = set(begun.glob("*"))
-        process = started(arguments, folder, log)
-        assert stopped(process, lambda before=before: set(begun.glob("*")) > before, number) == code, log.read_text()
-        state = load_checkpoint(begun, "search")
+        ready = after_a_checkpoint(folder, 0)
+        assert stopped(started(arguments, folder, log), ready, number) == code, log.read_text()
+        state = load_checkpoint(folder / "checkpoints", "search")
         assert state["epoch"] * 18 + state["batches"] == state["parts"]["optimization"]["steps"] > 0
     text = log.read_text()
     assert text.count("ofb: finishing a step and saving it; once more to stop at once") == 2

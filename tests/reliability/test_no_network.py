@@ -16,6 +16,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ for command in (
 """
 
 
+@pytest.fixture
+def place():
+    """A folder of a short name: worker processes speak by sockets in it, whose names may have 108 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def watched(code: str, folder: Path, timeout: int = 300) -> tuple[subprocess.CompletedProcess, list[dict]]:
     """Code run in folder/work, with homes and temporary files of its own beside it, and what was noted of it."""
     for name in ("work", "home", "temporary"):
@@ -75,9 +83,9 @@ def digits(folder: Path) -> None:
             Image.fromarray((images[i].reshape(8, 8) * 15).astype("uint8")).save(path)
 
 
-def test_no_network_and_nothing_elsewhere(tmp_path, evidence):
-    digits(tmp_path / "work" / "images")
-    done, notes = watched(IMPORTS + COMMANDS, tmp_path)
+def test_no_network_and_nothing_elsewhere(place, evidence):
+    digits(place / "work" / "images")
+    done, notes = watched(IMPORTS + COMMANDS, place)
     assert done.returncode == 0, done.stderr[-3000:]
     processes = {note["process"] for note in notes}
     assert len(processes) > 4, "no worker process was watched"
@@ -85,12 +93,12 @@ def test_no_network_and_nothing_elsewhere(tmp_path, evidence):
 
     written = {Path(note["what"]) for note in notes if note["kind"] == "write"}
     places = ("work/dense", "work/found", "home/.cache", "home/.config/matplotlib", "temporary")
-    usual = [tmp_path / place for place in places] + [Path("/dev/null"), Path("/dev/shm")]
-    elsewhere = [path for path in written if not any(place in (path, *path.parents) for place in usual)]
-    assert set(elsewhere) <= {tmp_path / "home" / ".config"}
-    kept = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    usual = [place / each for each in places] + [Path("/dev/null"), Path("/dev/shm")]
+    elsewhere = [path for path in written if not any(each in (path, *path.parents) for each in usual)]
+    assert set(elsewhere) <= {place / "home" / ".config"}
+    kept = [path for path in (place / "home").rglob("*") if path.is_file()]
     assert all("matplotlib" in path.parts for path in kept), "native code writes without Python's knowledge"
-    assert not [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+    assert not [path for path in (place / "temporary").rglob("*") if path.is_file()]
     evidence("modules imported", int(done.stdout.partition("modules ")[2].split()[0]))
     evidence("processes watched", len(processes))
     evidence("connections and look-ups", 0)
@@ -108,9 +116,9 @@ def test_no_network_and_nothing_elsewhere(tmp_path, evidence):
         ("import multiprocessing as m; m.get_context('spawn').Pool(1).apply(open, ('/nowhere', 'x'))", "write"),
     ],
 )
-def test_the_watch_sees(code, kind, tmp_path):
+def test_the_watch_sees(code, kind, place):
     """Also in processes that are started anew: two of them then noted something."""
-    done, notes = watched(code, tmp_path)
+    done, notes = watched(code, place)
     assert done.returncode == 1
     assert kind is None or kind in {note["kind"] for note in notes}
     assert kind is not None or {note["kind"] for note in notes} == {"process"}
@@ -118,7 +126,7 @@ def test_the_watch_sees(code, kind, tmp_path):
 
 @pytest.mark.skipif(not KERNEL_GUARDS, reason="needs seccomp on a machine whose system calls the test knows")
 @pytest.mark.parametrize(("family", "allowed"), [("AF_INET", False), ("AF_INET6", False), ("AF_UNIX", True)])
-def test_the_kernel_ends_native_code_that_asks_for_a_socket(family, allowed, tmp_path):
+def test_the_kernel_ends_native_code_that_asks_for_a_socket(family, allowed, place):
     code = f"import ctypes, socket; ctypes.CDLL(None).socket(socket.{family}, 1, 0)"
-    done, _ = watched(code, tmp_path)
+    done, _ = watched(code, place)
     assert done.returncode == (0 if allowed else -signal.SIGSYS)
