@@ -301,3 +301,10 @@ def test_interrupt_leaves_a_run_to_resume(tmp_path):
     assert told == "ofb: finishing a step and saving it; once more to stop at once"
     assert last == f"ofb: interrupted; continue with: ofb train --resume --output {folder}"
     assert load_checkpoint(folder / "checkpoints", "train")["parts"]["optimization"]["steps"] > 0
+
+
+def test_handlers_of_signals_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run("train --resume --output no/such/run") == 2
+    assert run(TRAIN, "--output", str(tmp_path / "run")) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -50,9 +50,6 @@ class Optimization:
         cosine_epochs: length of the schedule; `config.epochs` if None.
         revision: a number that changes whenever tensors were replaced, so that a CUDA graph would be stale; None for a
             network that stays as it is.
-
-    Attributes:
-        lr_factor: what the schedule's learning rates are multiplied by.
     """
 
     def __init__(
@@ -91,6 +88,11 @@ class Optimization:
         self._set_rates()
         return losses
 
+    def slow_down(self, factor: float) -> None:
+        """Multiply the schedule's learning rates by a factor from now on."""
+        self.lr_factor = factor
+        self._set_rates()
+
     def is_sound(self) -> bool:
         """Whether the last step was not left out; waits for the device."""
         return self.bad_steps.item() == 0
@@ -113,6 +115,7 @@ class Optimization:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
+        self._set_rates()
 
     def _descend(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Forward and backward of each part of the batch, then the update: nothing here waits for the device."""

@@ -34,9 +34,11 @@ def sigterm_raises() -> Iterator[None]:
         raise Stopped(number)
 
     before = _set(signal.SIGTERM, stop)
-    yield
-    if before is not None:
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 class StopRequests:

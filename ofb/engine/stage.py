@@ -81,7 +81,7 @@ class Stage:
         self.resumed = state is not None
         if state is not None:
             self._load(state)
-        optimization.lr_factor = 0.5**self.setbacks
+        optimization.slow_down(0.5**self.setbacks)
 
     def run(self, an_epoch: Callable[[int], None], finished: Callable[[], bool] = lambda: False) -> None:
         """Go through the epochs that are left, or until it is `finished`.

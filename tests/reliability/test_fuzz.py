@@ -347,14 +347,12 @@ def _check(op, call, inputs, backend, dtype, wanted, draw, kind) -> None:
         bound = error_bound(
             exact[name][finite], expected[finite], [each[name][finite] for each in perturbed], call.reduction
         )
-        bound += (
-            call.reduction * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        )  # a last bit for each term
-        if (
-            dims.endswith("nn") and cotangent.numel()
-        ):  # ds = p ⊙ (dp − Σ do ⊙ o): o was rounded, and the difference may cancel
+        tiny, eps = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).eps
+        bound += call.reduction * tiny * eps  # a last bit for each term
+        if dims.endswith("nn") and cotangent.numel():
+            # ds = p ⊙ (dp − Σ do ⊙ o): o was rounded, and the difference may cancel
             rounded = (cotangent * same_dtype["result"]).double().abs().nan_to_num(0, 0, 0).sum(-1).max().item()
-            bound += call.reduction * torch.finfo(dtype).eps * rounded
+            bound += call.reduction * eps * rounded
         assert_accurate(name, got[finite], exact[name][finite], expected.dtype, bound)
 
 

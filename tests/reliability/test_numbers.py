@@ -106,6 +106,24 @@ def test_a_loss_that_is_not_finite_though_its_gradients_are(evidence):
     evidence("steps spoiled by NaN or infinity in images, losses, gradients or weights", 1)
 
 
+def test_half_the_learning_rate_from_the_first_step_on():
+    optimization = optimization_of(tiny_vit())
+    batch = torch.randn(16, 3, 16, 16), torch.arange(16) % 5
+
+    def rates_of_two_steps() -> list[float]:
+        rates = []
+        for _ in range(2):
+            rates.append(optimization.optimizer.param_groups[0]["lr"])
+            optimization.step(*batch)
+        return rates
+
+    state = copied(optimization.state_dict())
+    first, second = rates_of_two_steps()
+    optimization.load_state_dict(state)
+    optimization.slow_down(0.5)
+    assert rates_of_two_steps() == [first / 2, second / 2] and first != second
+
+
 def test_the_loss_scale_of_float16_comes_down(evidence):
     """Gradients of about 100 overflow at a scale of 2¹⁶ and do not at a lower one."""
     model = tiny_vit()
