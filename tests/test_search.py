@@ -216,8 +216,8 @@ def test_reach_and_choices_in_words():
 
 DIGITS_MODEL = ("embed_dim=64", "depth=3", "num_heads=4")
 DIGITS = {"batch_size": 64, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "device": "cpu"}
-# Test accuracies measured for seeds 0, 1, 2: 95.67, 91.67, 94.67 (the dense network, trained for 40 epochs: 88.00).
-WORST_MEASURED, SLACK = 91.67, 3.0
+# Test accuracies measured for seeds 0, 1, 2: 95.00, 95.67, 95.67 (the dense network, trained for 40 epochs: 92.33).
+WORST_MEASURED, SLACK = 95.0, 3.0
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def dense_digits():
     return model, loaders
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_digits_at_half_the_macs(dense_digits, seed):
     dense, loaders = dense_digits
     options = {"epochs": 25, "lr": 1e-3, "architecture_lr": 0.02, "finetune_epochs": 25, "finetune_lr": 1e-3}
