@@ -2,14 +2,33 @@
 
 import json
 
-from tests.reliability.__main__ import FOLDER, page
+from tests.reliability.__main__ import MODULES, page
+
+
+def written(before: str, modules: list[str], kills: int, failed: str = "") -> str:
+    figures = [{"module": "tests.reliability.test_kill", "what": "kills", "figure": number} for number in (kills, 900)]
+    cases = "".join(
+        f'<testcase classname="tests.reliability.{each}">{"<failure/>" if each == failed else ""}</testcase>'
+        for each in modules
+    )
+    return page(before, modules, "".join(json.dumps(each) + "\n" for each in figures), f"<a><b>{cases}</b></a>")
+
+
+def section(text: str, heading: str) -> str:
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def test_docstrings_and_counts_make_the_page():
-    figures = [{"module": "tests.reliability.test_kill", "what": "kills", "figure": number} for number in (600, 900)]
-    results = '<testsuites><testsuite><testcase classname="tests.reliability.test_kill"/></testsuite></testsuites>'
-    text = page("".join(json.dumps(each) + "\n" for each in figures), results)
-    kill = text.partition("## Kill it anywhere\n")[2].partition("\n## ")[0]
+    text = written("", MODULES, kills=600)
+    kill = section(text, "Kill it anywhere")
     assert "A search that is killed" in kill and "| kills | 1,500 |" in kill
     assert "| tests passed (`tests/reliability/test_kill.py`) | 1 |" in kill
-    assert text.count("\n## ") == len(list(FOLDER.glob("test_*.py")))
+    assert text.count("\n## ") == len(MODULES)
+
+
+def test_what_did_not_run_or_failed_stays():
+    first = written("", MODULES, kills=600)
+    again = written(first, ["test_kill", "test_faults"], kills=700, failed="test_faults")
+    assert "| kills | 1,600 |" in section(again, "Kill it anywhere")
+    assert again.replace("1,600", "1,500") == first
+    assert "Kill it anywhere" not in written("", ["test_kill"], kills=1, failed="test_kill")

@@ -1,4 +1,4 @@
-"""Random calls of every op: any shape, memory layout, dtype and mask, what is not finite, and calls that are wrong.
+"""Random calls of every op
 
 A seed draws a call: sizes from 0 to a hundred (ones, primes, one past a block), transposed, sliced, expanded and
 shifted memory, float16 to float64, masks of fractions or exact zeros and ones, subnormal numbers, NaN and infinities,

@@ -1,4 +1,4 @@
-"""Tensors of more elements than 32 bits can count: shapes and dtypes without memory, and addresses past 2³¹.
+"""More elements than 32 bits can count
 
 Every op is called, and its backward run, on tensors of up to 5 TB on the meta device, where there are shapes and no
 memory. Every kernel is then launched on tensors of more than 2³¹ elements whose memory the system promises and never

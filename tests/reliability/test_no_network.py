@@ -1,4 +1,6 @@
-"""Nothing is sent or fetched unless you ask for it, and nothing is written where you would not look.
+"""Nothing is sent or fetched unless you ask
+
+And nothing is written where you would not look.
 
 All modules are imported, and a network is trained, searched, evaluated, exported, reported and profiled, under two
 guards. Python notes each connection, each name looked up and each file opened for writing, in worker processes too. On

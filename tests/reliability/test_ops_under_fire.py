@@ -1,5 +1,8 @@
-"""All ops on hostile inputs: NaN and infinities, subnormal numbers, masks of exact zeros and ones, memory that is not
-theirs, the same call twice, other company in the batch."""
+"""The ops on hostile inputs
+
+NaN and infinities, subnormal numbers, masks of exact zeros and ones, memory that is not theirs (outputs in buffers full
+of NaN, whose edges must not change), the same call twice, other company in the batch.
+"""
 
 import pytest
 import torch

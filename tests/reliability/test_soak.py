@@ -1,4 +1,6 @@
-"""Ten thousand search steps leave no trace but the network: memory, files, threads, tensors and step time stay flat.
+"""Ten thousand steps leave no trace
+
+Memory, files, threads, tensors and step time stay flat.
 
 A real supernet of a small ViT is searched with its optimizer, masked images and pruning to the end, and what it found
 is then trained like any network, in one process. After a tenth of each stage for warming up, a footprint is taken nine

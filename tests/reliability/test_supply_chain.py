@@ -1,8 +1,9 @@
-"""What is installed is known, pinned and free to use.
+"""What is installed
 
 `make install` takes every package in the version and with the hashes of requirements.lock, and refuses any other file.
 No package that a user needs has an unknown licence or one of strong copyleft; docs/LICENSES.md lists them.
-`make audit` asks for known vulnerabilities.
+`make audit` asks PyPI for known vulnerabilities; where figures and tests were made, that question cannot be asked, and
+it has not been answered yet.
 """
 
 import re

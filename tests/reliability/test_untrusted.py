@@ -1,4 +1,6 @@
-"""Files from strangers execute nothing, reach nothing, and take no memory they do not bring along.
+"""Files from strangers
+
+They execute nothing, reach nothing, and take no memory they do not bring along.
 
 What others may send you, a saved network, a run folder, a file of options, is damaged and forged case by case: bytes
 flipped and cut, every entry of config.json replaced by huge, negative and infinite numbers, by words, paths and nested
