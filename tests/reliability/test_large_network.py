@@ -1,6 +1,7 @@
 """A supernet of ViT-L in bounded memory
 
-It takes steps, prunes and shrinks within the memory its parameters account for. In a process of its own, whose greatest resident size the system keeps: a supernet of `vit_large_patch16_224` (24
+It takes steps, prunes and shrinks within the memory its parameters account for. In a process of its own, whose greatest
+resident size the system keeps, a supernet of `vit_large_patch16_224` (24
 blocks, 304 million parameters, float32) takes a real step with AdamW, drops candidates and units, and takes another.
 The bound is derived: five numbers for each parameter (weight, gradient, two moments, and the masked weight that the
 forward makes), what an image leaves for the backward, and what Python and torch take for a step of a tiny network
