@@ -63,9 +63,14 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that `write_atomically` is writing, or was."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
+
+
 def remove_temporaries(folder: str | Path) -> None:
     """Remove what writers that were killed have left in a folder and below. Only for whom the folder is locked."""
-    for path in Path(folder).rglob(f".*{TEMPORARY}"):
+    for path in filter(is_temporary, Path(folder).rglob("*")):
         path.unlink(missing_ok=True)
 
 

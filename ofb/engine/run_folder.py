@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ofb.engine.checkpoint import remove_temporaries, write_text
+from ofb.engine.checkpoint import is_temporary, remove_temporaries, write_text
 from ofb.engine.distributed import is_main
 
 CONFIG_FILE = "config.yaml"  # the options it was started with
@@ -65,7 +65,8 @@ def locked(folder: str | Path | None) -> Iterator[None]:
 
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a run that never began left."""
-    return folder.is_dir() and all(path.name in (LOCK_FILE, HOLDER_FILE) for path in folder.iterdir())
+    left = (LOCK_FILE, HOLDER_FILE)
+    return folder.is_dir() and all(path.name in left or is_temporary(path) for path in folder.iterdir())
 
 
 def _text(path: Path) -> str:

@@ -77,6 +77,20 @@ def test_killed_at_random_moments(search, tmp_path, night, evidence):
     evidence("of these in the middle of writing a file", halves)
 
 
+def test_killed_before_it_began(search, tmp_path, evidence):
+    """In the middle of its first file: there is nothing to resume, and nothing in the way of starting again."""
+    arguments, expected = search
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = started(arguments, folder, log)
+    assert killed(process, lambda: bool(being_written(folder)))
+    for name in (".config.yaml.abcd.tmp", ".running", ".lock"):  # whatever of these it came to
+        (folder / name).touch()
+    (folder / "config.yaml").unlink(missing_ok=True)
+    assert finished(started(arguments, folder, log)) == 0, log.read_text()
+    assert results(folder) == expected and not being_written(folder)
+    evidence("searches killed and resumed to the same bits", 1)
+
+
 def test_images_that_other_processes_augment(tmp_path, evidence):
     """Order, crops, RandAugment and random erasing are those of the run that was never killed."""
     arguments = [*TRAIN.split(), "--data-dir", str(image_folder(tmp_path / "images"))]
