@@ -10,6 +10,9 @@ names the op: no other error, and no answer.
 
 A failure names its seed; `python -c "from tests.reliability.test_fuzz import right_call; right_call('bimask', 17)"`
 (`TRITON_INTERPRET=1` without a GPU) repeats that call alone. Hypothesis draws calls the same way and shrinks them.
+
+Found and fixed: attention without heads ended the process (torch's fused attention on a CPU), inputs without features
+failed, the kernels' ReLU lost the gradient at NaN, and some wrong arguments were not named.
 """
 
 import random

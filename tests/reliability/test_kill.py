@@ -6,6 +6,8 @@ Not measured: the same on a GPU.
 
 SIGTERM (Slurm, docker stop, torchrun) and Ctrl-C end a run after a step and a checkpoint, within the time of a step; a
 second one ends it at once.
+
+Found and fixed: a run that was killed in the middle of its very first file could neither resume nor start again.
 """
 
 import signal
