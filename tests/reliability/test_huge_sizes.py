@@ -6,8 +6,8 @@ has to give: only the last program of the launch runs, which is the one with the
 must be right. So must what a call reads through a transposed tensor's huge strides. What a launch cannot do (too many
 rows, image planes or candidates) is refused by name.
 
-Found and fixed: 32-bit offsets in products with a transposed matrix, in attention's values and bias, and in the planes of
-local_norm; a launch grid that more than 33 million rows did not fit.
+Found and fixed: 32-bit offsets in products with a transposed matrix, in attention's values and bias, and in the planes
+of local_norm; a launch grid that more than 33 million rows did not fit.
 """
 
 import importlib

@@ -14,9 +14,9 @@ weights of the right shapes may hold any numbers.
 
 A report shows a stranger's words as words. From the hub come config.json and model.safetensors, and nothing else.
 
-Found and fixed: a few megabytes of weights that took 20 GB to load (a wide stream with narrow blocks), a description that
-named a device and so took its memory before any check, options that reached timm's loader, pickles that timm falls back
-to on the hub, YAML that unfolds, formulas and HTML in names.
+Found and fixed: a few megabytes of weights that took 20 GB to load (a wide stream with narrow blocks), a description
+that named a device and so took its memory before any check, options that reached timm's loader, pickles that timm falls
+back to on the hub, YAML that unfolds, formulas and HTML in names.
 """
 
 import ast
