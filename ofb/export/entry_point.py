@@ -6,7 +6,6 @@ rest: the weights, another classifier, other input channels, feature extraction.
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ NAME = "ofb_network"
 CLASSIFIERS = ("head", "head.fc", "head_dist")
 SOURCE = ("source", "file", "hf_hub_id")  # where timm finds the weights
 MOST_CHANNELS = 2**16
+LARGEST = 1e30  # far more than any mean or rate; whole numbers of JSON may be too large for a float
 # What a saved network keeps of its pretrained_cfg; the rest is about the weights that it came from.
 KEPT = {
     "mean": lambda value: _numbers(value),
@@ -194,7 +194,7 @@ def _numbers(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and 0 < len(value) <= MOST_CHANNELS
-        and all(isinstance(each, int | float) and isfinite(each) for each in value)
+        and all(isinstance(each, int | float) and abs(each) <= LARGEST for each in value)
     )
 
 

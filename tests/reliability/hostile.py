@@ -180,6 +180,7 @@ NAMED_CONFIGS: dict[str, Callable[[str], str]] = {
     "a rope of its own device": lambda text: with_network(
         text, lambda n: n.update(rope={"kind": "cat", "dim": 8, "feat_shape": [10**5] * 2, "device": "cpu"})
     ),
+    "a deviation of 400 digits": lambda text: text.replace('"std": [', f'"std": [{10**400},', 1),
     TIMM_ONLY: lambda text: "[" * 10**5,
     "a number of 10**5 digits": lambda text: text.replace("{", '{"a": ' + "9" * 10**5 + ",", 1),
     "not JSON": lambda text: "import os; os.system('touch executed')",
