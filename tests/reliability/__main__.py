@@ -36,7 +36,18 @@ def main(modules: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         figures, results = Path(folder) / "figures.jsonl", Path(folder) / "results.xml"
         figures.touch()
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junitxml={results}", *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            f"--junitxml={results}",
+            *files,
+        ]
         code = subprocess.run(command, env=os.environ | {EVIDENCE: str(figures), NIGHT: "1"}).returncode
         if results.exists():
             before = PAGE.read_text() if PAGE.exists() else ""
