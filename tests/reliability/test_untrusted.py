@@ -90,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def attack(folder) -> tuple[dict, list[dict]]:
     """What became of the hostile files, and what the processes that read them did."""
-    cases, seconds = (4000, 3600) if NIGHT in os.environ else (50, 600)
+    cases, seconds = (2000, 3600) if NIGHT in os.environ else (50, 600)
     done, notes = watched(f"from tests.reliability.hostile import main; main({cases})", folder, timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout), notes
