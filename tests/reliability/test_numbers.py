@@ -21,22 +21,14 @@ from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.optimization import BAD_STEPS, Optimization
 from ofb.engine.search import make_supernet
 from ofb.engine.stage import SETBACKS
+from tests import jobs
 from tests.common import tiny_vit
 from tests.reliability.runs import FORKS, finished
 
 __doc__ = __doc__.format(bad=BAD_STEPS, setbacks=SETBACKS)
 
 OPTIONS = {"epochs": 3, "batch_size": 16, "lr": 1e-3, "mixup": 0.0, "cutmix": 0.0, "device": "cpu", "workers": 0}
-SEARCH = OPTIONS | {
-    "epochs": 4,
-    "finetune_epochs": 1,
-    "finetune_lr": 1e-3,
-    "architecture_lr": 0.3,
-    "one_hot_weight": 0.5,
-    "one_hot_delay": 0.0,
-    "architecture_init": "random",
-    "pace": 0.0,
-}
+SEARCH = jobs.OPTIONS | {"finetune_epochs": 1}
 
 
 @pytest.fixture
