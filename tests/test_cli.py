@@ -220,7 +220,7 @@ def test_options_from_a_file(dense_run, tmp_path, capsys):
         (None, "config: expected a YAML file of options, got"),
         ("- 3", "config: expected a YAML file of options such as `epochs: 100`"),
         ("{", "config: expected a YAML file of options, got"),
-        ("model_kwargs: [\"--output=x\", a=1]", "config: expected values of model_kwargs in"),
+        ('model_kwargs: ["--output=x", a=1]', "config: expected values of model_kwargs in"),
         ("epoch: 3", "config: expected options of ofb in"),
         ("preset: deit", "preset: expected one of deit-tiny-imagenet"),
     ],

@@ -16,7 +16,7 @@ def advice_on(error: RuntimeError, config: TrainingConfig) -> str | None:
         return (
             f"out of memory with batch_size {config.batch_size} in {parts} part{'s' if parts > 1 else ''} "
             f"({str(error).splitlines()[0].rpartition(': ')[2]}); --grad-accum-steps {2 * parts} halves what a step "
-            "needs and computes the same, a smaller --batch-size is another training"
+            "needs and is the same training, a smaller --batch-size is another training"
         )
     if str(error).startswith("DataLoader worker"):
         return (

@@ -174,9 +174,11 @@ def test_two_runs_in_one_folder(tmp_path, expected, evidence):
     while not list(folder.glob("checkpoints/*")):
         assert first.is_alive()
     os.kill(first.pid, signal.SIGSTOP)
-    line = fails(folder, other)
+    try:
+        line = fails(folder, other)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
     assert f"expected a folder that no other run is writing to, got {folder} (process {first.pid} on " in line
-    os.kill(first.pid, signal.SIGCONT)
     assert finished(first) == 0, log.read_text()
     assert results(folder) == expected
     evidence("faults injected", 1)
