@@ -37,7 +37,7 @@ test: $(STAMP)  ## lint and every test: under 15 minutes on two cores
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
-reliability: $(STAMP)  ## what must not go wrong, at night length: about an hour; writes docs/RELIABILITY.md
+reliability: $(STAMP)  ## what must not go wrong, at night length: half an hour; writes docs/RELIABILITY.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability
 
 bench: $(STAMP)  ## a search step beside a dense step, on this CPU
