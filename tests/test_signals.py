@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_the_second_one_is_obeyed(number, capfd):
         assert requests.asked() == number
         assert "once more to stop at once" in capfd.readouterr().err
         os.kill(os.getpid(), number)
-        signal.pause()
+        time.sleep(1)
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
