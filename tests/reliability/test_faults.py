@@ -7,6 +7,9 @@ and once the trouble is gone the run goes on and ends with the network it would 
 What may change when a run is resumed, beside what it computes on: {free}. Anything else is an error, other versions of
 this package, torch or timm among them unless `--allow-other-code` says that they compute the same.
 
+Images that cannot be read, and processes of a job that die, are in `tests/test_readable.py` and
+`tests/test_distributed.py`.
+
 Found and fixed: on a full disk TensorBoard's thread spoke first, with a traceback that named no file.
 """
 
