@@ -1,8 +1,12 @@
 """docs/RELIABILITY.md is made of what the reliability tests say and count."""
 
 import json
+import os
+import subprocess
+import sys
 
-from tests.reliability.__main__ import MODULES, page
+from tests.reliability.__main__ import FOLDER, MODULES, page
+from tests.reliability.conftest import EVIDENCE
 
 
 def written(before: str, modules: list[str], kills: int, failed: str = "") -> str:
@@ -32,3 +36,14 @@ def test_what_did_not_run_or_failed_stays():
     assert "| kills | 1,600 |" in section(again, "Kill it anywhere")
     assert again.replace("1,600", "1,500") == first
     assert "Kill it anywhere" not in written("", ["test_kill"], kills=1, failed="test_kill")
+
+
+def test_what_tests_count_comes_to_the_page(tmp_path):
+    figures, results = tmp_path / "figures.jsonl", tmp_path / "results.xml"
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={results}", str(FOLDER / "test_supply_chain.py")]
+    subprocess.run(command, env=os.environ | {EVIDENCE: str(figures)}, check=True, capture_output=True)
+    installed = section(page("", ["test_supply_chain"], figures.read_text(), results.read_text()), "What is installed")
+    assert (
+        "\n| packages pinned | 1" in installed
+        and "\n| tests passed (`tests/reliability/test_supply_chain.py`) | 1" in installed
+    )
