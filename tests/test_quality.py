@@ -207,3 +207,10 @@ def test_a_single_seed_has_no_spread():
     lines = {line.split(" | ")[0]: line for line in page._table(found, "50%")}
     assert "| 70.00 | +11.00 | 1 |" in lines["| uniform"]
     assert "| 72.00 ± 1.41 | +9.00 ± 1.41 | 2 |" in lines["| taylor"]
+
+
+def test_the_picture_shows_ofb_and_rivals_that_have_several_targets():
+    counts = {"uniform": 2, "ofb": 2, "taylor": 1, "ofb, PMIM": 2}
+    found = {(method, f"{target}%"): [{}] for method, count in counts.items() for target in range(count)}
+    assert page._lines(found, "") == ["ofb", "uniform"]
+    assert page._lines(found, f"{page.TAUGHT}soft") == []

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.measure import ROOT
-from benchmarks.quality.grid import ONE_SEARCH
+from benchmarks.quality.grid import METHODS, OFB, ONE_SEARCH
 from benchmarks.quality.results import FOLDER, Mean, Row, csv_path, difference, read_rows
 
 PATH = ROOT / "QUALITY.md"
@@ -17,8 +17,12 @@ TRAIL = FOLDER / "tried.csv"
 COSTS = {"macs": "MACs (M)", "params": "parameters (K)", "latency_ms": "CPU latency, one image (ms)"}
 UNITS = {"macs": 1e6, "params": 1e3, "latency_ms": 1.0}
 
+# What pictures show: OFB as it is and its rivals, without a teacher and with one.
+DRAWN = ["ofb", *(method for method in METHODS if method not in OFB), ONE_SEARCH]
+
 TRIAL = ("data", "method", "target", "distillation", "options")
 TAUGHT = " + teacher, "  # between a method and its kind of distillation
+KINDS = {"": "no teacher", f"{TAUGHT}soft": "with a teacher"}
 
 Series = dict[tuple[str, str], list[Row]]  # (method, target) → its runs
 
@@ -146,38 +150,48 @@ def trail() -> Iterator[str]:
 
 
 def draw(found: Series, dense: dict, path: Path) -> None:
-    """Accuracy against each cost, a line for each method with several targets, error bars of one standard deviation
-    over seeds."""
+    """Accuracy against each cost: a row of panels without a teacher and one with, a line for each method."""
     plt = _pyplot()
-    targets = Counter(method for method, _ in found)
-    methods = [method for method in targets if targets[method] > 1]
-    figure, panels = plt.subplots(1, len(COSTS), figsize=(5 * len(COSTS), 4.5), sharey=True)
-    for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
-        for index, method in enumerate(methods):
-            points = []
-            for (its, _), runs in found.items():
-                if its == method:
-                    top1 = Mean.of(float(row["test_top1"]) for row in runs)
-                    # Seeds differ little in size, and other load only ever slows a network down: the least cost.
-                    points.append((min(float(row[cost]) for row in runs) / UNITS[cost], top1))
-            points.sort(key=lambda point: point[0])
-            panel.errorbar(
-                [x for x, _ in points],
-                [top1.mean for _, top1 in points],
-                [top1.deviation for _, top1 in points],
-                marker="o" if method == "ofb" else ".",
-                linewidth=2.2 if method == "ofb" else 1,
-                linestyle="--" if TAUGHT in method else "-",
-                color="black" if method == "ofb" else plt.get_cmap("tab20")(index % 20),
-                capsize=2,
-                label=method,
-            )
-        panel.axhline(dense["test_top1"], color="#888888", linewidth=0.8, linestyle="--")
-        panel.set_xlabel(label)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test top-1 % (dashed: dense)")
-    panels[-1].legend(fontsize=7, loc="lower right")
+    lines = {kind: names for kind in KINDS if (names := _lines(found, kind))}
+    shape = dict(figsize=(5 * len(COSTS), 4.5 * len(lines)), sharex="col", sharey=True, squeeze=False)
+    figure, rows = plt.subplots(len(lines), len(COSTS), **shape)
+    for panels, (kind, methods) in zip(rows, lines.items(), strict=True):
+        for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
+            for method in methods:
+                _line(panel, found, method + kind, cost, method, color=plt.get_cmap("tab10")(DRAWN.index(method)))
+            panel.axhline(dense["test_top1"], color="#888888", linewidth=0.8, linestyle="--")
+            panel.set_xlabel(label)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel(f"test top-1 %, {KINDS[kind]} (dashed: dense)")
+        panels[-1].legend(fontsize=8, loc="lower right")
     _save(plt, figure, path)
+
+
+def _lines(found: Series, kind: str) -> list[str]:
+    """The methods to draw with a kind of distillation: those with several targets."""
+    targets = Counter(method for method, _ in found)
+    return [method for method in DRAWN if targets[method + kind] > 1]
+
+
+def _line(panel, found: Series, series: str, cost: str, label: str, color) -> None:
+    """Means of a method at its targets, error bars of one standard deviation over seeds."""
+    points = []
+    for (its, _), runs in found.items():
+        if its == series:
+            top1 = Mean.of(float(row["test_top1"]) for row in runs)
+            # Seeds differ little in size, and other load only ever slows a network down: the least cost.
+            points.append((min(float(row[cost]) for row in runs) / UNITS[cost], top1))
+    points.sort(key=lambda point: point[0])
+    panel.errorbar(
+        [x for x, _ in points],
+        [top1.mean for _, top1 in points],
+        [top1.deviation for _, top1 in points],
+        marker="o" if label == "ofb" else ".",
+        linewidth=2.2 if label == "ofb" else 1,
+        color="black" if label == "ofb" else color,
+        capsize=2,
+        label=label,
+    )
 
 
 def draw_curve(dense: dict, path: Path) -> None:
