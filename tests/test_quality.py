@@ -3,6 +3,11 @@
 import gzip
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from dataclasses import replace
 
@@ -12,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import ofb
+from benchmarks.measure import ROOT
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import fashion_mnist, grid, page, rivals, settings
 from benchmarks.quality.images import Batches, small_images
@@ -180,6 +186,50 @@ def test_rows_stay_and_known_runs_are_not_repeated(tmp_path):
     write_rows([dict(zip(grid.KEY, key, strict=True)) for job in jobs[:4] for key in job.keys()], tmp_path / "rows.csv")
     known = {tuple(row[name] for name in grid.KEY) for row in read_rows(tmp_path / "rows.csv")}
     assert [known.issuperset(job.keys()) for job in jobs] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--targets", "50"], "expected a share of the dense network's MACs such as 30%, got '50'"),
+        (["--options", "pace"], "options: expected key=value, got 'pace'"),
+        (["--options", "no_such=1"], "has no option no_such"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "data_dir: expected torch/cifar10 in nowhere"),
+        (["--data", "imagenet", "--data-dir", "nowhere"], "in nowhere: no such folder"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_runs(wrong, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["quality", *wrong])
+    with pytest.raises(SystemExit):
+        quality.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_all_processes(tmp_path):
+    """Ctrl-C ends the runs as well, and keeps the rows that are there."""
+    known = dict.fromkeys([*grid.KEY, "commit"], "") | {"data": "digits", "method": "uniform", "target": "50%"}
+    write_rows([known | {"seed": "0"}], tmp_path / "rows.csv")
+    (tmp_path / "rows.dense.json").write_text("{}")
+    dense = tmp_path / "runs" / "quality" / "digits"
+    ofb.save(tiny_vit(img_size=8, patch_size=2, in_chans=1, num_classes=10), dense)
+    command = "-m benchmarks.quality --data digits --methods uniform --targets 50% --processes 1 --output rows.csv"
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    run = subprocess.Popen(
+        [sys.executable, *command.split()], cwd=tmp_path, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert run.stdout.readline().startswith("5 runs to do, 1 rows in rows.csv")
+    time.sleep(8)  # so that a run is at work, most likely
+    os.killpg(run.pid, signal.SIGINT)
+    try:
+        _, told = run.communicate(timeout=60)  # which returns when the last process has closed its output
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise
+    assert run.returncode == quality.INTERRUPTED and "interrupted: finished runs are in rows.csv" in told
+    assert "Traceback" not in told
+    assert [row["seed"] for row in read_rows(tmp_path / "rows.csv")] == ["0"]
 
 
 def test_the_reduced_grid_is_part_of_the_grid():

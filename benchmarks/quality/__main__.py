@@ -13,26 +13,41 @@ written by `python -m benchmarks.quality.page`.
 import argparse
 import json
 import os
+import re
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
 
 from benchmarks.quality.grid import KEY, METHODS, OFB, ONE_SEARCH, Job, run
 from benchmarks.quality.results import csv_path, read_rows, write_rows
-from benchmarks.quality.settings import SETTINGS, dense_folder, train_dense
+from benchmarks.quality.settings import SETTINGS, dense_folder, images, train_dense
 from ofb.engine.checkpoint import write_text
+from ofb.engine.config import SearchConfig
+from ofb.engine.options import from_dict, key_and_value
 
 SHOWN = ("method", "target", "seed", "distillation", "options", "val_top1", "test_top1", "left_open", "seconds")
 TARGETS = ["50%", "30%", "15%"]
 MAIN = ["ofb", "uniform", "taylor, global"]
 GPU_PROCESSES = 4
+INTERRUPTED = 130
 
 
 def main() -> None:
     arguments = parse_arguments()
     path = arguments.output or csv_path(arguments.data)
+    try:
+        compare(arguments, path)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: finished runs are in {path}, the same command does the others", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def compare(arguments: argparse.Namespace, path: Path) -> None:
+    """Do what is not in the CSV yet, and add it there run by run."""
     figures = path.with_suffix(".dense.json")
     if not figures.exists() or not dense_folder(arguments.data).exists():
         write_text(figures, json.dumps(train_dense(arguments.data, arguments.data_dir)) + "\n")
@@ -40,22 +55,33 @@ def main() -> None:
     known = {tuple(row[name] for name in KEY) for row in rows}
     jobs = [job for job in jobs_of(arguments) if not known.issuperset(job.keys())]
     print(f"{len(jobs)} runs to do, {len(rows)} rows in {path}", flush=True)
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run, job) for job in jobs]):
-            rows += done.result()
-            write_rows(rows, path)
-            for row in done.result():
-                print("  ".join(f"{name} {row[name]}" for name in SHOWN if row[name] != ""), flush=True)
+    for found in finished(jobs, arguments.processes):
+        rows += found
+        write_rows(rows, path)
+        for row in found:
+            print("  ".join(f"{name} {row[name]}" for name in SHOWN if row[name] != ""), flush=True)
+
+
+def finished(jobs: list[Job], processes: int) -> Iterator[list[dict]]:
+    """The rows of each job as it ends. Where one fails, or the user interrupts, the others end with it."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            for done in as_completed([pool.submit(run, job) for job in jobs]):
+                yield done.result()
+        except BaseException:
+            for process in active_children():
+                process.kill()  # or it would go on with the jobs that wait
+            raise
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.quality", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", choices=list(SETTINGS), default="fashion_mnist-reduced")
     parser.add_argument("--data-dir", default="data", help="folder of the data set")
     parser.add_argument(
         "--methods", nargs="+", choices=[*METHODS, ONE_SEARCH], default=[*METHODS, ONE_SEARCH], metavar="METHOD"
     )
-    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, type=_share, help="of the dense network's MACs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--distillation", nargs="+", choices=["", "soft", "hard"], default=["", "soft"])
     parser.add_argument("--reduced", action="store_true", help="only what two CPU cores have time for")
@@ -67,7 +93,19 @@ def parse_arguments() -> argparse.Namespace:
         help="runs side by side; on a CPU each takes a core",
     )
     parser.add_argument("--output", type=Path, help="CSV; default: benchmarks/quality/results/<data>.csv")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    try:
+        from_dict(SearchConfig, dict(key_and_value("options", pair) for pair in arguments.options))
+        images(arguments.data, arguments.data_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def _share(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?%", text):
+        raise argparse.ArgumentTypeError(f"expected a share of the dense network's MACs such as 30%, got {text!r}")
+    return text
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:

@@ -57,7 +57,13 @@ def small_images(data: str, data_dir: str, batch_size: int, train_images: int, v
 
 def _tensors(data: str, data_dir: str, split: str) -> tuple[Tensor, Tensor]:
     """All images (N, C, H, W), 0 to 1, and class indices of a split."""
-    dataset = create_dataset(data, root=data_dir, split=split)
+    try:
+        dataset = create_dataset(data, root=data_dir, split=split)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"data_dir: expected {data} in {data_dir} as torchvision lays it out (python -m "
+            f"benchmarks.quality.fashion_mnist does so with Fashion-MNIST), got: {error}"
+        ) from error
     arrays = [np.asarray(image, dtype=np.float32) / 255 for image, _ in dataset]
     images = torch.from_numpy(np.stack(arrays))
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()

@@ -1,11 +1,14 @@
 """The rows of finished runs: written, read, and summed up over seeds."""
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ofb.engine.checkpoint import write_text
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -48,8 +51,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -139,7 +139,7 @@ def _trained(setting: Setting, config: TrainConfig, loaders: Loaders, folder: Pa
     shape = tuple(next(iter(loaders.val))[0].shape[1:])
     model.pretrained_cfg = model.default_cfg = {"input_size": shape, "num_classes": model.num_classes}
     options = {"epochs": setting.dense_epochs, "lr": setting.dense_lr, "drop_path": 0.1, "clip_grad": 1.0}
-    config = replace(config, **options, warmup_epochs=0.0, mixup=0.0, cutmix=0.0, output=str(folder))
+    config = replace(config, **options, warmup_epochs=0.0, mixup=0.0, cutmix=0.0, output=str(folder), resume=True)
     return ofb.train(model, loaders.train, loaders.val, config)
 
 

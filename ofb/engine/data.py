@@ -270,8 +270,9 @@ def _dataset(config: DataConfig, split: str, expected: dict[str, Any], is_traini
             **mode,
         )
     except (OSError, RuntimeError, AssertionError, ValueError, KeyError) as error:
+        reason = str(error) or "no such folder"  # timm asserts that there is one, without a word
         raise ValueError(
-            f"data: cannot read split {split!r} of {config.data!r} in {config.data_dir}: {error}"
+            f"data: cannot read split {split!r} of {config.data!r} in {config.data_dir}: {reason}"
         ) from error
     return ReadableImages(dataset, config.skip_broken) if type(dataset) is ImageDataset else dataset
 
