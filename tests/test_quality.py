@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 import ofb
 from benchmarks.measure import ROOT
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import fashion_mnist, grid, page, rivals, settings
+from benchmarks.quality import fashion_mnist, grid, latency, page, results, rivals, settings
 from benchmarks.quality.images import Batches, small_images
 from benchmarks.quality.results import FOLDER, Mean, difference, read_rows, write_rows
 from ofb.export import count_params
@@ -163,6 +164,23 @@ def test_one_search_finds_all_targets(quick_digits):
     assert [row["target"] for row in rows] == ["80%", "60%"]
     assert [0.98 * share <= row["macs"] / dense <= share for row, share in zip(rows, (0.8, 0.6), strict=True)]
     assert sum(float(row["search_epochs"]) for row in rows) == 4  # half of twice four
+
+
+def test_latencies_are_of_networks_that_are_kept(quick_digits, monkeypatch, capsys):
+    monkeypatch.setattr(results, "FOLDER", Path("results"))
+    about = [("uniform", "", "60%", "0"), ("ofb", "soft", "60%", "0")]
+    others = [("ofb", "", "60%", "1"), ("ofb, PMIM", "", "60%", "0")]  # another seed, a part left out
+    rows = [dict(zip((*results.NAMES, "seed"), each, strict=True)) | {"options": ""} for each in about + others]
+    write_rows(rows, results.csv_path("digits"))
+    monkeypatch.setattr("sys.argv", ["latency", "--data", "digits"])
+    latency.main()
+    assert capsys.readouterr().out.count("making") == 2
+    latency.main()
+    assert "making" not in capsys.readouterr().out
+    dense, *timed = read_rows(results.latency_path("digits"))
+    assert dense["method"] == "dense"
+    assert [tuple(row[name] for name in results.NAMES) for row in timed] == [each[:3] for each in about]
+    assert all(float(row["latency_ms"]) > 0 for row in timed)
 
 
 def test_the_kept_dense_network_is_the_one_of_the_figures():

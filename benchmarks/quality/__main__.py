@@ -6,8 +6,8 @@
 
 A dense network is trained once. Every method makes a smaller one of it, with several seeds: the rivals shrink it and
 fine-tune for as many epochs as OFB searches and fine-tunes in all. Validation images choose the epoch, test images only
-report. Results go to a CSV, one row a network; runs that stand there already are not repeated. The page of results is
-written by `python -m benchmarks.quality.page`.
+report. Results go to a CSV, one row a network; runs that stand there already are not repeated. Latencies are measured
+by `python -m benchmarks.quality.latency`, the page of results is written by `python -m benchmarks.quality.page`.
 """
 
 import argparse

@@ -26,7 +26,6 @@ from ofb.engine.seeding import seed_everything
 from ofb.engine.stage import Stage
 from ofb.engine.train import run_epoch, teaching
 from ofb.export import count_params
-from ofb.report import cpu_latency
 from ofb.supernet import Supernet
 from ofb.supernet.families import count_macs
 
@@ -134,7 +133,6 @@ def judged(found: Found, task: Task) -> dict:
         "test_top1": f"{test['top1']:.2f}",
         "macs": count_macs(found.model),
         "params": count_params(found.model),
-        "latency_ms": f"{cpu_latency({'model': found.model})['model']:.3f}",
         "left_open": found.left_open,
         "torch": torch.__version__,
     }
@@ -249,6 +247,7 @@ METHODS = dict.fromkeys(OFB, search) | {
     "taylor": taylor,
     "taylor, global": taylor,
 }
+COMPARED = ["ofb", *(method for method in METHODS if method not in OFB)]  # OFB as it is and its rivals
 
 
 # ---- the recipe ----

@@ -9,16 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.measure import ROOT
-from benchmarks.quality.grid import METHODS, OFB, ONE_SEARCH
-from benchmarks.quality.results import FOLDER, Mean, Row, csv_path, difference, read_rows
+from benchmarks.quality.grid import COMPARED, ONE_SEARCH
+from benchmarks.quality.results import FOLDER, NAMES, Mean, Row, csv_path, difference, latency_path, read_rows
 
 PATH = ROOT / "QUALITY.md"
 TRAIL = FOLDER / "tried.csv"
-COSTS = {"macs": "MACs (M)", "params": "parameters (K)", "latency_ms": "CPU latency, one image (ms)"}
+COSTS = {"macs": "MACs (M)", "params": "parameters (K)", "latency_ms": "CPU latency, one image, one thread (ms)"}
 UNITS = {"macs": 1e6, "params": 1e3, "latency_ms": 1.0}
-
-# What pictures show: OFB as it is and its rivals, without a teacher and with one.
-DRAWN = ["ofb", *(method for method in METHODS if method not in OFB), ONE_SEARCH]
 
 TRIAL = ("data", "method", "target", "distillation", "options")
 TAUGHT = " + teacher, "  # between a method and its kind of distillation
@@ -40,10 +37,12 @@ def data_sets() -> list[str]:
 
 
 def series(data: str) -> Series:
-    """Runs with the defaults, by method (distillation named with it) and target."""
+    """Runs with the defaults, by method (distillation named with it) and target; with latencies where there are any."""
     found: Series = {}
+    latency = {tuple(row[name] for name in NAMES): row for row in read_rows(latency_path(data))}
     for row in read_rows(csv_path(data)):
         if not row["options"]:
+            row |= latency.get(tuple(row[name] for name in NAMES), {})
             found.setdefault((row["method"] + _taught(row), row["target"]), []).append(row)
     return found
 
@@ -153,12 +152,13 @@ def draw(found: Series, dense: dict, path: Path) -> None:
     """Accuracy against each cost: a row of panels without a teacher and one with, a line for each method."""
     plt = _pyplot()
     lines = {kind: names for kind in KINDS if (names := _lines(found, kind))}
-    shape = dict(figsize=(5 * len(COSTS), 4.5 * len(lines)), sharex="col", sharey=True, squeeze=False)
-    figure, rows = plt.subplots(len(lines), len(COSTS), **shape)
+    costs = {cost: label for cost, label in COSTS.items() if cost in next(iter(found.values()))[0]}
+    shape = dict(figsize=(5 * len(costs), 4.5 * len(lines)), sharex="col", sharey=True, squeeze=False)
+    figure, rows = plt.subplots(len(lines), len(costs), **shape)
     for panels, (kind, methods) in zip(rows, lines.items(), strict=True):
-        for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
+        for panel, (cost, label) in zip(panels, costs.items(), strict=True):
             for method in methods:
-                _line(panel, found, method + kind, cost, method, color=plt.get_cmap("tab10")(DRAWN.index(method)))
+                _line(panel, found, method + kind, cost, method, color=plt.get_cmap("tab10")(COMPARED.index(method)))
             panel.axhline(dense["test_top1"], color="#888888", linewidth=0.8, linestyle="--")
             panel.set_xlabel(label)
             panel.spines[["top", "right"]].set_visible(False)
@@ -170,7 +170,7 @@ def draw(found: Series, dense: dict, path: Path) -> None:
 def _lines(found: Series, kind: str) -> list[str]:
     """The methods to draw with a kind of distillation: those with several targets."""
     targets = Counter(method for method, _ in found)
-    return [method for method in DRAWN if targets[method + kind] > 1]
+    return [method for method in COMPARED if targets[method + kind] > 1]
 
 
 def _line(panel, found: Series, series: str, cost: str, label: str, color) -> None:
@@ -179,8 +179,7 @@ def _line(panel, found: Series, series: str, cost: str, label: str, color) -> No
     for (its, _), runs in found.items():
         if its == series:
             top1 = Mean.of(float(row["test_top1"]) for row in runs)
-            # Seeds differ little in size, and other load only ever slows a network down: the least cost.
-            points.append((min(float(row[cost]) for row in runs) / UNITS[cost], top1))
+            points.append((_mean(float(row[cost]) for row in runs) / UNITS[cost], top1))
     points.sort(key=lambda point: point[0])
     panel.errorbar(
         [x for x, _ in points],

@@ -11,6 +11,7 @@ from pathlib import Path
 from ofb.engine.checkpoint import write_text
 
 FOLDER = Path(__file__).parent / "results"
+NAMES = ("method", "distillation", "target")  # what a row is about, seeds aside
 
 Row = dict[str, str]
 
@@ -40,6 +41,10 @@ def difference(a: Mean, b: Mean) -> tuple[float, float]:
 
 def csv_path(data: str) -> Path:
     return FOLDER / f"{data.replace('/', '-')}.csv"
+
+
+def latency_path(data: str) -> Path:
+    return csv_path(data).with_suffix(".latency.csv")
 
 
 def read_rows(path: Path) -> list[Row]:
