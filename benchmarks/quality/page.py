@@ -89,7 +89,7 @@ def _table(found: Series, target: str) -> Iterator[str]:
     yield ""
     yield f"### {target} of the MACs"
     yield ""
-    yield "| method | test top-1 % | OFB's lead ± standard error | seeds | epochs | open at the end | s a run |"
+    yield "| method | test top-1 % | OFB's lead ± standard error | runs | epochs | open at the end | s a run |"
     yield "|---|---|---|---|---|---|---|"
     for method in sorted(methods, key=lambda name: -test[name].mean):
         runs, lead, ofb = methods[method], "", "ofb" + method[len(method.split(TAUGHT)[0]) :]
@@ -139,7 +139,7 @@ def trail() -> Iterator[str]:
     trials: dict[tuple[str, ...], list[Row]] = {}
     for row in read_rows(TRAIL):
         trials.setdefault(tuple(row[name] for name in TRIAL), []).append(row)
-    yield f"| {' | '.join(TRIAL)} | seeds | val top-1 % | test top-1 % | open at the end |"
+    yield f"| {' | '.join(TRIAL)} | runs | val top-1 % | test top-1 % | open at the end |"
     yield "|" + "---|" * (len(TRIAL) + 4)
     for trial, rows in trials.items():
         val, test = (Mean.of(float(row[name]) for row in rows) for name in ("val_top1", "test_top1"))
