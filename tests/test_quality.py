@@ -148,6 +148,15 @@ def quick_digits(monkeypatch, tmp_path):
     settings.train_dense("digits", "data")
 
 
+def test_the_dense_training_goes_on(quick_digits, capsys):
+    """Where it was stopped before its network was saved, its epochs are not trained again."""
+    (settings.dense_folder("digits") / "config.json").unlink()
+    capsys.readouterr()
+    settings.train_dense("digits", "data")
+    assert "train 1/1" not in capsys.readouterr().out
+    assert (settings.dense_folder("digits") / "config.json").exists()
+
+
 @pytest.mark.parametrize("method", grid.METHODS)
 def test_every_method_runs(method, quick_digits):
     job = grid.Job("digits", method, "60%", seed=0, distillation="soft", options=("macs_weight=7",))
@@ -170,17 +179,22 @@ def test_latencies_are_of_networks_that_are_kept(quick_digits, monkeypatch, caps
     monkeypatch.setattr(results, "FOLDER", Path("results"))
     about = [("uniform", "", "60%", "0"), ("ofb", "soft", "60%", "0")]
     others = [("ofb", "", "60%", "1"), ("ofb, PMIM", "", "60%", "0")]  # another seed, a part left out
-    rows = [dict(zip((*results.NAMES, "seed"), each, strict=True)) | {"options": ""} for each in about + others]
+    rows = [dict(zip((*results.NETWORK_KEY, "seed"), each, strict=True)) | {"options": ""} for each in about + others]
     write_rows(rows, results.csv_path("digits"))
     monkeypatch.setattr("sys.argv", ["latency", "--data", "digits"])
     latency.main()
-    assert capsys.readouterr().out.count("making") == 2
+    told = capsys.readouterr().out
+    assert told.count("making") == 2
+    assert "search 4/4" in told and "train 2/2" in told  # what is learned takes its time, the rest does not
     latency.main()
     assert "making" not in capsys.readouterr().out
     dense, *timed = read_rows(results.latency_path("digits"))
     assert dense["method"] == "dense"
-    assert [tuple(row[name] for name in results.NAMES) for row in timed] == [each[:3] for each in about]
+    assert [tuple(row[name] for name in results.NETWORK_KEY) for row in timed] == [each[:3] for each in about]
     assert all(float(row["latency_ms"]) > 0 for row in timed)
+    shown = page.series("digits")
+    assert shown["uniform", "60%"][0]["latency_ms"] == timed[0]["latency_ms"]
+    assert "latency_ms" not in shown["ofb", "60%"][0]  # there was no network of seed 0
 
 
 def test_the_kept_dense_network_is_the_one_of_the_figures():
@@ -210,6 +224,8 @@ def test_rows_stay_and_known_runs_are_not_repeated(tmp_path):
     ("wrong", "message"),
     [
         (["--targets", "50"], "expected a share of the dense network's MACs such as 30%, got '50'"),
+        (["--targets", "0%"], "such as 30%, got '0%'"),
+        (["--targets", "130%"], "such as 30%, got '130%'"),
         (["--options", "pace"], "options: expected key=value, got 'pace'"),
         (["--options", "no_such=1"], "has no option no_such"),
         (["--data", "cifar10", "--data-dir", "nowhere"], "data_dir: expected torch/cifar10 in nowhere"),
@@ -245,7 +261,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)
         raise
-    assert run.returncode == quality.INTERRUPTED and "interrupted: finished runs are in rows.csv" in told
+    assert run.returncode == quality.INTERRUPTED and "interrupted: finished runs are in the CSV" in told
     assert "Traceback" not in told
     assert [row["seed"] for row in read_rows(tmp_path / "rows.csv")] == ["0"]
 

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -37,17 +38,16 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    path = arguments.output or csv_path(arguments.data)
     try:
-        compare(arguments, path)
+        compare(parse_arguments())
     except KeyboardInterrupt:
-        print(f"\ninterrupted: finished runs are in {path}, the same command does the others", file=sys.stderr)
+        print("\ninterrupted: finished runs are in the CSV, the same command does the others", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def compare(arguments: argparse.Namespace, path: Path) -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """Do what is not in the CSV yet, and add it there run by run."""
+    path = arguments.output or csv_path(arguments.data)
     figures = path.with_suffix(".dense.json")
     if not figures.exists() or not dense_folder(arguments.data).exists():
         write_text(figures, json.dumps(train_dense(arguments.data, arguments.data_dir)) + "\n")
@@ -55,11 +55,12 @@ def compare(arguments: argparse.Namespace, path: Path) -> None:
     known = {tuple(row[name] for name in KEY) for row in rows}
     jobs = [job for job in jobs_of(arguments) if not known.issuperset(job.keys())]
     print(f"{len(jobs)} runs to do, {len(rows)} rows in {path}", flush=True)
-    for found in finished(jobs, arguments.processes):
-        rows += found
-        write_rows(rows, path)
-        for row in found:
-            print("  ".join(f"{name} {row[name]}" for name in SHOWN if row[name] != ""), flush=True)
+    with closing(finished(jobs, arguments.processes)) as results:
+        for found in results:
+            rows += found
+            write_rows(rows, path)
+            for row in found:
+                print("  ".join(f"{name} {row[name]}" for name in SHOWN if row[name] != ""), flush=True)
 
 
 def finished(jobs: list[Job], processes: int) -> Iterator[list[dict]]:
@@ -103,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _share(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?%", text):
+    if not re.fullmatch(r"\d+(\.\d+)?%", text) or not 0 < float(text[:-1]) <= 100:
         raise argparse.ArgumentTypeError(f"expected a share of the dense network's MACs such as 30%, got {text!r}")
     return text
 

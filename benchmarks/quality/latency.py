@@ -17,7 +17,7 @@ from torch import nn
 
 import ofb
 from benchmarks.quality.grid import COMPARED, METHODS, Job, Task, search, two_stage
-from benchmarks.quality.results import NAMES, csv_path, latency_path, read_rows, write_rows
+from benchmarks.quality.results import NETWORK_KEY, csv_path, latency_path, read_rows, write_rows
 from benchmarks.quality.settings import SETTINGS, dense_folder, images
 from ofb.engine.seeding import seed_everything
 from ofb.report import cpu_latency
@@ -31,23 +31,29 @@ def main() -> None:
     parser.add_argument("--data", choices=list(SETTINGS), default="fashion_mnist-reduced")
     parser.add_argument("--data-dir", default="data", help="folder of the data set")
     arguments = parser.parse_args()
+    if not csv_path(arguments.data).exists():
+        parser.error(f"data: expected results of {arguments.data}, got none; run python -m benchmarks.quality first")
     torch.set_num_threads(1)
-    networks = dict(found(arguments.data, arguments.data_dir))
-    milliseconds = cpu_latency({str(key): network for key, network in networks.items()})
+    found = dict(networks(arguments.data, arguments.data_dir))
+    milliseconds = cpu_latency({str(key): network for key, network in found.items()})
     rows = [
-        {"data": arguments.data} | dict(zip(NAMES, key, strict=True)) | {"latency_ms": f"{milliseconds[str(key)]:.3f}"}
-        for key in networks
+        {
+            "data": arguments.data,
+            **dict(zip(NETWORK_KEY, key, strict=True)),
+            "latency_ms": f"{milliseconds[str(key)]:.3f}",
+        }
+        for key in found
     ]
     write_rows(rows, latency_path(arguments.data))
     print(f"{len(rows)} latencies in {latency_path(arguments.data)}")
 
 
-def found(data: str, data_dir: str) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+def networks(data: str, data_dir: str) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
     """The dense network and what the pictures show: (method, distillation, target) of each network, and the network."""
     yield ("dense", "", "100%"), ofb.load(dense_folder(data))
     for row in read_rows(csv_path(data)):
         if row["seed"] == "0" and row["method"] in COMPARED and not row["options"]:
-            key = tuple(row[name] for name in NAMES)
+            key = tuple(row[name] for name in NETWORK_KEY)
             yield key, kept(Job(data, row["method"], row["target"], 0, row["distillation"], data_dir=data_dir))
 
 
@@ -56,11 +62,11 @@ def kept(job: Job) -> nn.Module:
     folder = NETWORKS / "-".join((job.data, job.method, job.distillation, job.target))
     if not (folder / "config.json").exists():
         print("making", *job.keys()[0], flush=True)
-        ofb.save(made(job), folder)
+        ofb.save(make(job), folder)
     return ofb.load(folder)
 
 
-def made(job: Job) -> nn.Module:
+def make(job: Job) -> nn.Module:
     """A network of the sizes that a job finds."""
     method, setting = METHODS[job.method], SETTINGS[job.data]
     setting = replace(setting, search_epochs=setting.search_epochs if method in LEARNED else 1, finetune_epochs=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT
 from benchmarks.quality.grid import COMPARED, ONE_SEARCH
-from benchmarks.quality.results import FOLDER, NAMES, Mean, Row, csv_path, difference, latency_path, read_rows
+from benchmarks.quality.results import FOLDER, NETWORK_KEY, Mean, Row, csv_path, difference, latency_path, read_rows
 
 PATH = ROOT / "QUALITY.md"
 TRAIL = FOLDER / "tried.csv"
@@ -19,7 +19,7 @@ UNITS = {"macs": 1e6, "params": 1e3, "latency_ms": 1.0}
 
 TRIAL = ("data", "method", "target", "distillation", "options")
 TAUGHT = " + teacher, "  # between a method and its kind of distillation
-KINDS = {"": "no teacher", f"{TAUGHT}soft": "with a teacher"}
+KINDS = {"": "no teacher", f"{TAUGHT}soft": "with a teacher"}  # of distillation, that the pictures show
 
 Series = dict[tuple[str, str], list[Row]]  # (method, target) → its runs
 
@@ -39,10 +39,10 @@ def data_sets() -> list[str]:
 def series(data: str) -> Series:
     """Runs with the defaults, by method (distillation named with it) and target; with latencies where there are any."""
     found: Series = {}
-    latency = {tuple(row[name] for name in NAMES): row for row in read_rows(latency_path(data))}
+    latency = {tuple(row[name] for name in NETWORK_KEY): row for row in read_rows(latency_path(data))}
     for row in read_rows(csv_path(data)):
         if not row["options"]:
-            row |= latency.get(tuple(row[name] for name in NAMES), {})
+            row |= latency.get(tuple(row[name] for name in NETWORK_KEY), {})
             found.setdefault((row["method"] + _taught(row), row["target"]), []).append(row)
     return found
 
@@ -152,7 +152,7 @@ def draw(found: Series, dense: dict, path: Path) -> None:
     """Accuracy against each cost: a row of panels without a teacher and one with, a line for each method."""
     plt = _pyplot()
     lines = {kind: names for kind in KINDS if (names := _lines(found, kind))}
-    costs = {cost: label for cost, label in COSTS.items() if cost in next(iter(found.values()))[0]}
+    costs = {cost: label for cost, label in COSTS.items() if any(cost in runs[0] for runs in found.values())}
     shape = dict(figsize=(5 * len(costs), 4.5 * len(lines)), sharex="col", sharey=True, squeeze=False)
     figure, rows = plt.subplots(len(lines), len(costs), **shape)
     for panels, (kind, methods) in zip(rows, lines.items(), strict=True):
@@ -173,11 +173,11 @@ def _lines(found: Series, kind: str) -> list[str]:
     return [method for method in COMPARED if targets[method + kind] > 1]
 
 
-def _line(panel, found: Series, series: str, cost: str, label: str, color) -> None:
+def _line(panel, found: Series, method: str, cost: str, label: str, color) -> None:
     """Means of a method at its targets, error bars of one standard deviation over seeds."""
     points = []
     for (its, _), runs in found.items():
-        if its == series:
+        if its == method and cost in runs[0]:
             top1 = Mean.of(float(row["test_top1"]) for row in runs)
             points.append((_mean(float(row[cost]) for row in runs) / UNITS[cost], top1))
     points.sort(key=lambda point: point[0])

@@ -11,7 +11,7 @@ from pathlib import Path
 from ofb.engine.checkpoint import write_text
 
 FOLDER = Path(__file__).parent / "results"
-NAMES = ("method", "distillation", "target")  # what a row is about, seeds aside
+NETWORK_KEY = ("method", "distillation", "target")  # tells networks apart, seeds aside
 
 Row = dict[str, str]
 
