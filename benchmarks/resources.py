@@ -90,7 +90,8 @@ def launch_masked_layer_norm(dtype: torch.dtype) -> None:
         for stream in (x, meta(1024, width)):  # the residual stream is float32 under autocast
             branch = masked_layer_norm.Branch(x, mask, meta(8), 128)
             out, stream, mean, rstd = masked_layer_norm.forward(stream, weight, bias, mask, 1e-6, dtype, branch)
-            masked_layer_norm.backward(out, stream, weight, bias, mask, mean, rstd, 1e-6, stream, branch)
+            for grad_out, grad_stream in ((out, stream), (out, None), (None, stream)):  # None: that output was not used
+                masked_layer_norm.backward(grad_out, stream, weight, bias, mask, mean, rstd, 1e-6, grad_stream, branch)
 
 
 def launch_bimask(dtype: torch.dtype) -> None:

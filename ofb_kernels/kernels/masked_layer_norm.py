@@ -76,14 +76,15 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor,
+    grad_out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor,
     mean: Tensor, rstd: Tensor, eps: float,
     grad_stream: Tensor | None = None, branch: Branch = _NO_BRANCH,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """grad_x (M, N) in x's dtype; grad_branch (M, N) in the branch's, None without one; and grad_weight, grad_bias,
     grad_mask and, with a branch, its mask's gradient, stacked (3 or 4, N), in accumulator precision.
 
-    With a branch x is the new stream, and grad_stream (M, N) what comes back along it.
+    With a branch x is the new stream, and grad_stream (M, N) what comes back along it. One of grad_out and grad_stream
+    may be None: nobody used that output.
     """
     rows, columns = x.shape
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -201,8 +202,10 @@ def _backward_kernel(
         rows_m = offsets_m.to(tl.int64)[:, None]
         columns_n = offsets_n.to(tl.int64)[None, :]
         x = tl.load(x_ptr + rows_m * stride_xm + columns_n * stride_xn, mask=inside, other=0.0).to(ACCUMULATOR)
-        grad_out_ptrs = grad_out_ptr + rows_m * stride_gm + columns_n * stride_gn
-        grad_out = tl.load(grad_out_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_M, BLOCK_N)
+        grad_out = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+        if grad_out_ptr is not None:
+            grad_out_ptrs = grad_out_ptr + rows_m * stride_gm + columns_n * stride_gn
+            grad_out = tl.load(grad_out_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
         mean = tl.load(mean_ptr + offsets_m, mask=in_rows, other=0.0)  # (BLOCK_M,)
         rstd = tl.load(rstd_ptr + offsets_m, mask=in_rows, other=0.0)  # (BLOCK_M,)
         # g = dout⊙w⊙m, c1 = Σ g / M, c2 = Σ g⊙n / M, dx = rstd·(g − m⊙(c1 + c2·n))
@@ -213,8 +216,9 @@ def _backward_kernel(
         grad_x = rstd[:, None] * (grad_normalized - mask[None, :] * (c1 + c2 * normalized))
         if branch_ptr is not None:
             # dx += dsum, dbranch = s·dx ⊙ v, dv = Σ_rows s·dx ⊙ branch
-            grad_stream_ptrs = grad_stream_ptr + rows_m * stride_sm + columns_n * stride_sn
-            grad_x += tl.load(grad_stream_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
+            if grad_stream_ptr is not None:
+                grad_stream_ptrs = grad_stream_ptr + rows_m * stride_sm + columns_n * stride_sn
+                grad_x += tl.load(grad_stream_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
             branch_ptrs = branch_ptr + rows_m * stride_bm + columns_n * stride_bn
             branch = tl.load(branch_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
             scale_m = _sample_scale(sample_scale_ptr, offsets_m, in_rows, rows_per_sample, ACCUMULATOR)

@@ -191,10 +191,13 @@ def _(grad_mask, score, alpha, head_counts, channel_counts, lam, alive, head_ran
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output[1:])
 
 
 def _autograd_backward(ctx, grad_mask, _grad_head_rank, _grad_channel_rank):
+    if grad_mask is None:
+        return (None,) * len(ctx.needs_input_grad)
     grad_score, grad_alpha, grad_lam = torch.ops.ofb_kernels.bimask_backward(grad_mask, *ctx.saved_tensors)
     return grad_score, grad_alpha, None, None, grad_lam if ctx.needs_input_grad[4] else None, None
 

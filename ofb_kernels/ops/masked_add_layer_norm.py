@@ -96,15 +96,16 @@ def _(x, branch, branch_mask, sample_scale, weight, bias, mask, eps, dtype):
 
 @torch.library.custom_op("ofb_kernels::masked_add_layer_norm_backward", mutates_args=())
 def _backward(
-    grad_stream: Tensor, grad_out: Tensor, stream: Tensor, branch: Tensor, branch_mask: Tensor,
+    grad_stream: Tensor | None, grad_out: Tensor | None, stream: Tensor, branch: Tensor, branch_mask: Tensor,
     sample_scale: Tensor | None, weight: Tensor, bias: Tensor | None, mask: Tensor,
     mean: Tensor, rstd: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
-    grad_stream, grad_out, rows = (as_rows(each) for each in (grad_stream, grad_out, stream))
+    grad_stream, grad_out = (None if each is None else as_rows(each) for each in (grad_stream, grad_out))
+    added = _branch(branch, branch_mask, sample_scale)
     grad_x, grad_branch, grad_vectors = kernel.backward(
-        grad_out, rows, weight, bias, mask, mean, rstd, eps, grad_stream, _branch(branch, branch_mask, sample_scale)
+        grad_out, as_rows(stream), weight, bias, mask, mean, rstd, eps, grad_stream, added
     )
     return grad_x.view(stream.shape), grad_branch.view(branch.shape), grad_vectors
 
@@ -124,19 +125,23 @@ def _branch(branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None):
 def _setup_context(ctx, inputs, output):
     x, branch, branch_mask, sample_scale, weight, bias, mask, ctx.eps, _ = inputs
     stream, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.x_dtype = x.dtype
     ctx.save_for_backward(stream, branch, branch_mask, sample_scale, weight, bias, mask, mean, rstd)
 
 
 def _autograd_backward(ctx, grad_stream, grad_out, _grad_mean, _grad_rstd):
+    if grad_stream is None and grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     _, _, branch_mask, _, weight, bias, mask, _, _ = ctx.saved_tensors
     grad_x, grad_branch, (grad_weight, grad_bias, grad_mask, grad_branch_mask) = (
         torch.ops.ofb_kernels.masked_add_layer_norm_backward(grad_stream, grad_out, *ctx.saved_tensors, ctx.eps)
     )
-    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-    grad_branch_mask = grad_branch_mask.to(branch_mask.dtype)
-    vectors = grad_weight.to(weight.dtype), grad_bias, grad_mask.to(mask.dtype)
-    return grad_x.to(ctx.x_dtype), grad_branch, grad_branch_mask, None, *vectors, None, None
+    vectors = None, None, None  # where only the stream was used, the norm's vectors have no gradient
+    if grad_out is not None:
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        vectors = grad_weight.to(weight.dtype), grad_bias, grad_mask.to(mask.dtype)
+    return grad_x.to(ctx.x_dtype), grad_branch, grad_branch_mask.to(branch_mask.dtype), None, *vectors, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

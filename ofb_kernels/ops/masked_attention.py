@@ -187,11 +187,14 @@ def _(grad_out, qkv, mask, out, log_sum_exp, scale, bias):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     qkv, mask, ctx.scale, bias = inputs
     ctx.save_for_backward(qkv, mask, bias, *output)
 
 
 def _autograd_backward(ctx, grad_out, _grad_log_sum_exp):
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     qkv, mask, bias, out, log_sum_exp = ctx.saved_tensors
     arguments = (grad_out, qkv, mask, out, log_sum_exp, ctx.scale, bias)
     grad_qkv, grad_mask = torch.ops.ofb_kernels.masked_attention_backward(*arguments)

@@ -99,12 +99,15 @@ def _(grad_out, x, weight, bias, mask, mean, rstd, eps):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, weight, bias, mask, ctx.eps, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, mask, mean, rstd)
 
 
 def _autograd_backward(ctx, grad_out, _grad_mean, _grad_rstd):
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     x, weight, bias, mask, mean, rstd = ctx.saved_tensors
     grad_x, (grad_weight, grad_bias, grad_mask) = torch.ops.ofb_kernels.masked_layer_norm_backward(
         grad_out, x, weight, bias, mask, mean, rstd, ctx.eps

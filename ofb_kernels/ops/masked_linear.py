@@ -86,12 +86,15 @@ def _(grad_out, pre, mask, activation):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, weight, bias, mask, ctx.activation, _ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, mask, output[1])
 
 
 def _autograd_backward(ctx, grad_out, _grad_pre):
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     x, weight, mask, pre = ctx.saved_tensors
     grad_pre, grad_mask, grad_bias = torch.ops.ofb_kernels.masked_linear_backward(grad_out, pre, mask, ctx.activation)
     needs_x, needs_weight, needs_bias, needs_mask, *_ = ctx.needs_input_grad

@@ -105,12 +105,15 @@ def _(grad_out, fc2_weight, pre, mask, activation):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, ctx.activation, _ = inputs
     ctx.has_fc1_bias, ctx.has_fc2_bias = fc1_bias is not None, fc2_bias is not None
     ctx.save_for_backward(x, fc1_weight, mask, fc2_weight, output[1])
 
 
 def _autograd_backward(ctx, grad_out, _grad_pre):
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     x, fc1_weight, mask, fc2_weight, pre = ctx.saved_tensors
     grad_out = as_rows(grad_out)
     grad_pre, hidden, grad_mask, grad_fc1_bias = torch.ops.ofb_kernels.masked_mlp_backward(
