@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ofb.engine.config import TrainingConfig
+from ofb.engine.cuda_graph import StepGraph
 from ofb.engine.device import autocast, pick_device
 from ofb.engine.distributed import averaged, in_job, without_exchange
-from ofb.engine.graph import StepGraph
 
 BAD_STEPS = 20  # in a row are a divergence; float16's loss scale needs 16 to come down from 2**16 to 1
 SKIPPED = "skipped"  # among a step's losses: 1 where it was left out
@@ -77,7 +77,9 @@ class Optimization:
         self.scales = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.scales else 1.0)
         self.bad_steps = torch.zeros((), device=device)  # in a row
-        self.graph = StepGraph(self._descend, optimizer, revision or (lambda: 0)) if self._captures() else None
+        self.graph = None
+        if self._captures():
+            self.graph = StepGraph(self._descend, self._abandon, optimizer, revision or (lambda: 0))
         self.steps, self.lr_factor = 0, 1.0
         self._set_rates()
 
@@ -132,6 +134,11 @@ class Optimization:
         bad = ~largest.isfinite()
         self.bad_steps.add_(1).mul_(bad)
         return {name: loss.masked_fill(bad, 0) for name, loss in totals.items()} | {SKIPPED: bad.float()}
+
+    def _abandon(self) -> None:
+        """Forget a step that broke off: its gradients, and that the scaler has seen them."""
+        self.optimizer.zero_grad()
+        self.scaler.update(1.0)  # what a step that is captured scales by
 
     def _backward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Gradients of the mean loss; the losses."""
