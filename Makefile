@@ -37,7 +37,7 @@ test: $(STAMP)  ## lint and every test: under 15 minutes on two cores
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
-compile-sweep: $(STAMP)  ## compile every kernel launch of tests and benchmarks for every architecture: half an hour, no GPU
+compile-sweep: $(STAMP)  ## compile every kernel launch of tests and benchmarks for every architecture: an hour, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resources --arch 80 86 89 90 100 120
 
 reliability: $(STAMP)  ## what must not go wrong, at night length: half an hour; writes docs/RELIABILITY.md
