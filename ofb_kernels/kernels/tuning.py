@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from ofb_kernels.measured import TABLE, capability_of, nearest
@@ -83,8 +84,11 @@ def _fitting(
 
 
 def shared_memory_of(device_index: int) -> int:
-    """Bytes of shared memory that one block may have on a GPU."""
-    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    """Bytes of shared memory that one block may have on a GPU: the number that Triton refuses a launch by.
+
+    torch has it too, as shared_memory_per_block_optin, but not in its builds for AMD.
+    """
+    return driver.active.utils.get_device_properties(device_index)["max_shared_mem"]
 
 
 def choose(kernel: str, candidates: Sequence[dict], sizes: tuple[int, ...], like: Tensor, launch: Launch) -> dict:
