@@ -1,7 +1,9 @@
 """What every kernel takes of a GPU in every launch of a list and of the op tests, found by compiling it without a GPU.
 
-python -m benchmarks.resources [--arch 90] [--launches shapes tests] [--processes 2] [--json]
-python -m benchmarks.resources --count          # how many specialisations there are, without compiling one
+    python -m benchmarks.resources [--arch 90] [--launches shapes tests] [--processes 2] [--json]
+    python -m benchmarks.resources --count          # how many specialisations there are, without compiling one
+
+Triton's cache on disk keeps what was compiled: a second run takes seconds.
 """
 
 import argparse
