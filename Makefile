@@ -14,10 +14,10 @@ DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 \
 	--finetune-epochs 40 --finetune-lr 1e-3 --layer-decay None --no-model-ema
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test reliability bench lock audit gpu gpu-test gpu-bench gpu-sanitize gpu-tune
+.PHONY: help install demo test compile-sweep reliability bench lock audit gpu gpu-test gpu-bench gpu-sanitize gpu-tune
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## .venv with the dependencies of requirements.lock and the project itself, editable
 
@@ -36,6 +36,9 @@ demo: $(STAMP)  ## train, search and export a small ViT on real images: under 5 
 test: $(STAMP)  ## lint and every test: under 15 minutes on two cores
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+compile-sweep: $(STAMP)  ## compile every kernel launch of tests and benchmarks for every architecture: an hour, no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resources --arch 80 86 89 90 100 120
 
 reliability: $(STAMP)  ## what must not go wrong, at night length: half an hour; writes docs/RELIABILITY.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton.runtime.errors import OutOfResources
 
 from ofb_kernels import masked_attention, masked_linear, masked_mlp
 from ofb_kernels.kernels import tuning
@@ -19,6 +21,8 @@ ON_GPU = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(tuning, "capability_of", lambda index: "9.0")
+    monkeypatch.setattr(tuning, "shared_memory_of", lambda index: 99 * 1024)
+    monkeypatch.setattr(tuning, "_FITTING", {})
 
 
 def choose(sizes=(1000, 64)):
@@ -67,6 +71,65 @@ def test_no_tuning_inside_a_graph_capture(gpu, monkeypatch):
     monkeypatch.setattr(tuning, "AUTOTUNE", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose() == SMALL
+
+
+def shared(configuration):
+    """Bytes of shared memory: a KiB for each row of the tile, so that LARGE is larger than 99 KiB."""
+    return 1024 * configuration["BLOCK_M"]
+
+
+def run(launch, candidates, sizes=(1000, 64)):
+    return tuning.run_configured("kernel", candidates, sizes, ON_GPU, launch, shared)
+
+
+def test_what_the_shared_memory_cannot_hold_is_left_out(gpu, monkeypatch):
+    entries = [[[1000, 64], LARGE]]
+    monkeypatch.setattr(tuning, "TABLE", {"9.0": {"configurations": {"kernel": entries}}})
+    assert run(lambda configuration: configuration, (LARGE, SMALL)) == SMALL
+    assert run(lambda configuration: configuration, (SMALL, LARGE), (1000, 8)) == SMALL
+    monkeypatch.setattr(tuning, "shared_memory_of", lambda index: 227 * 1024)
+    assert run(lambda configuration: configuration, (SMALL, LARGE), (1000, 65)) == LARGE
+
+
+def test_the_least_demanding_is_launched_where_none_should_fit(gpu, monkeypatch):
+    monkeypatch.setattr(tuning, "shared_memory_of", lambda index: 1024)
+    assert run(lambda configuration: configuration, (LARGE, SMALL)) == SMALL
+
+
+def test_a_configuration_that_the_gpu_refuses_is_tried_once(gpu, monkeypatch, caplog):
+    monkeypatch.setattr(tuning, "shared_memory_of", lambda index: 227 * 1024)
+    launched = []
+
+    def launch(configuration):
+        launched.append(configuration)
+        if configuration == LARGE:
+            raise OutOfResources(131_072, 101_376, "shared memory")
+        return configuration
+
+    assert run(launch, (LARGE, SMALL)) == SMALL and launched == [LARGE, SMALL]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "kernel: leaves out" in caplog.text and "Required: 131072, Hardware limit: 101376" in caplog.text
+    assert run(launch, (LARGE, SMALL), (2000, 64)) == SMALL and launched == [LARGE, SMALL, SMALL]
+    assert run(launch, (LARGE, SMALL), (1000, 65)) == SMALL and launched[3:] == [LARGE, SMALL]
+    with pytest.raises(OutOfResources, match="shared memory"):
+        run(launch, (LARGE,), (1000, 66))
+
+
+def test_autotune_passes_over_what_the_gpu_refuses(gpu, monkeypatch, tmp_path):
+    def launch(configuration):
+        if configuration == LARGE:
+            raise OutOfResources(128, 64, "threads")
+        return configuration
+
+    def bench(function, return_mode):
+        return TIMES[function()["BLOCK_M"]]
+
+    monkeypatch.setattr(tuning, "AUTOTUNE", True)
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    monkeypatch.setattr(tuning, "shared_memory_of", lambda index: 227 * 1024)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert run(launch, (LARGE, SMALL)) == SMALL
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"9.0": 1}'])

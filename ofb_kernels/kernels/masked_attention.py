@@ -89,6 +89,13 @@ BIASED_KEY_VALUE_CONFIGURATIONS = BIASED_CONFIGURATIONS | {
     (2, 64): (dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),),
     (2, 128): (dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),),
 }
+# Tiles of BLOCK_M queries and of BLOCK_N keys in shared memory: those held all the time, those of each pipeline stage.
+SHARED_TILES = {
+    "forward": ((1, 0), (0, 2)),
+    "backward_query": ((2, 0), (0, 2)),
+    "backward_key_value": ((0, 2), (2, 0)),
+    "backward_bias": ((4, 2), (0, 0)),
+}
 BIAS_PROGRAMS = 1024  # at least so many where there are as many sequences: enough for every multiprocessor
 
 
@@ -198,18 +205,42 @@ def _strides(qkv: Tensor) -> tuple[int, ...]:
 def _run(kernel: str, configurations: dict, qkv: Tensor, launch: Callable[[dict], Result]) -> Result:
     batch, tokens, _, heads, head_dim = qkv.shape
     size, width = qkv.element_size(), 64 if head_dim <= 64 else 128
-    kernel = f"masked_attention.{kernel} {size} bytes, {width} wide"
+    sizes, candidates = (batch * heads, tokens, head_dim), configurations[size, width]
+
+    def shared(configuration: dict) -> int:
+        return shared_bytes(kernel, configuration, _padded(head_dim), size)
+
     with on_device_of(qkv):
-        return run_configured(kernel, configurations[size, width], (batch * heads, tokens, head_dim), qkv, launch)
+        name = f"masked_attention.{kernel} {size} bytes, {width} wide"
+        return run_configured(name, candidates, sizes, qkv, launch, shared)
+
+
+def shared_bytes(kernel: str, configuration: dict, block_d: int, size: int) -> int:
+    """Bytes of shared memory that a block takes at most: tiles of operands, two numbers a row, a tile of the bias.
+
+    Args:
+        kernel: one of SHARED_TILES, "biased_" before it where there is a bias.
+        configuration: of the kernel.
+        block_d: padded width of a head.
+        size: bytes of an element.
+    """
+    block_m, block_n, stages = (configuration[name] for name in ("BLOCK_M", "BLOCK_N", "num_stages"))
+    held, streamed = (m * block_m + n * block_n for m, n in SHARED_TILES[kernel.removeprefix("biased_")])
+    bias = 4 * block_m * block_n if kernel.startswith("biased_") else 0
+    return (held + stages * streamed) * block_d * size + 2 * 4 * stages * block_m + bias
 
 
 def _constants(qkv: Tensor) -> dict:
     return dict(
         HEAD_DIM=qkv.shape[-1],
-        BLOCK_D=max(16, triton.next_power_of_2(qkv.shape[-1])),
+        BLOCK_D=_padded(qkv.shape[-1]),
         ACCUMULATOR=accumulator_dtype(qkv),
         PRECISION=dot_precision(),
     )
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ofb_kernels.kernels.common import (
     dot_precision,
     on_device_of,
 )
-from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile
+from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile, shared_bytes
 from ofb_kernels.kernels.tuning import run_configured
 
 # Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only), the default first.
@@ -61,9 +61,9 @@ def forward(
 
     if out.numel() > 0:
         size = x.element_size()
-        kernel = f"masked_linear.forward {size} bytes"
+        kernel, candidates = f"masked_linear.forward {size} bytes", FORWARD_CONFIGURATIONS[size]
         with on_device_of(x):
-            run_configured(kernel, FORWARD_CONFIGURATIONS[size], (rows, columns, inner), x, launch)
+            run_configured(kernel, candidates, (rows, columns, inner), x, launch, lambda c: shared_bytes(c, size))
     return out, pre
 
 

@@ -21,7 +21,7 @@ from ofb_kernels.kernels.common import (
     dot_precision,
     on_device_of,
 )
-from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile
+from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile, shared_bytes
 from ofb_kernels.kernels.tuning import run_configured
 
 # Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only), the default first.
@@ -73,10 +73,11 @@ def backward(
     if pre.numel() == 0:
         zeros = pre.new_zeros(columns, dtype=partial_dtype)
         return grad_pre, hidden, zeros, zeros.clone()
-    kernel = f"masked_mlp.backward {pre.element_size()} bytes"
-    candidates = BACKWARD_CONFIGURATIONS[pre.element_size()]
+    size, sizes = pre.element_size(), (rows, columns, inner)
+    kernel, candidates = f"masked_mlp.backward {size} bytes", BACKWARD_CONFIGURATIONS[size]
     with on_device_of(pre):
-        return grad_pre, hidden, *run_configured(kernel, candidates, (rows, columns, inner), pre, launch)
+        sums = run_configured(kernel, candidates, sizes, pre, launch, lambda c: shared_bytes(c, size))
+    return grad_pre, hidden, *sums
 
 
 @triton.jit

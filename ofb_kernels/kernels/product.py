@@ -6,6 +6,15 @@ import triton.language as tl
 GROUP_M = 8  # consecutive programs share GROUP_M row tiles, so their weight tiles are still in L2
 
 
+def shared_bytes(configuration: dict, size: int) -> int:
+    """Bytes of shared memory that a block takes at most: the operands' tiles of all pipeline stages.
+
+    `size` is that of an element in bytes.
+    """
+    rows = configuration["BLOCK_M"] + configuration["BLOCK_N"]
+    return configuration["num_stages"] * rows * configuration["BLOCK_K"] * size
+
+
 @triton.jit
 def grouped_tile(program, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Row and column of this program's tile, walking GROUP_M row tiles before the next column of tiles."""
