@@ -119,7 +119,8 @@ class _MaskedLayerNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
         share = mask / mask.sum()
         mean = (x @ share)[..., None]
-        out = (x - mean).mul_(share.sqrt())  # its norm is the weighted standard deviation
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # torch.compile takes no other out=
+        torch.sub(x, mean, out=out).mul_(share.sqrt())  # its norm is the weighted standard deviation
         rstd = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
         torch.sub(x, mean, out=out).mul_(rstd).mul_(weight * mask)
         if bias is not None:

@@ -70,7 +70,7 @@ class MaskedImages(nn.Module):
             drawn, masked: of `hide`.
             positions: (N,), the area of each token, if they are not all areas in their order.
         """
-        decoded = self.decoder(tokens.take_along_dim(drawn[..., None], 1))
+        decoded = self.decoder(tokens_of(tokens, drawn))
         areas = drawn if positions is None else positions[drawn]
         return reconstruction_loss(decoded, images, areas, masked, self.area.pixels)
 
@@ -81,7 +81,7 @@ class MaskedImages(nn.Module):
         images, zeros for the hidden areas, and the decoder's pixels in their place. Arguments as in `loss`."""
         p, q = self.area.pixels
         areas = (drawn if positions is None else positions[drawn])[:, masked]
-        decoded = self.decoder(tokens.take_along_dim(drawn[..., None], 1))[:, masked]
+        decoded = self.decoder(tokens_of(tokens, drawn))[:, masked]
         target = local_norm(images.float())
         hidden, rebuilt = target.clone(), target.clone()
         for image, index in enumerate(areas.tolist()):
@@ -106,6 +106,11 @@ def draw_areas(images: int, areas: int, ratio: Tensor, most: float) -> tuple[Ten
     count = max(1, math.ceil(most * areas))
     drawn = torch.rand(images, areas, device=ratio.device).argsort(1)[:, :count]
     return drawn, torch.arange(count, device=ratio.device) < (ratio * areas).clamp(min=1)
+
+
+def tokens_of(tokens: Tensor, drawn: Tensor) -> Tensor:
+    """The drawn ones (B, K, D) of tokens (B, N, D), drawn being (B, K)."""
+    return tokens.gather(1, drawn[..., None].expand(-1, -1, tokens.shape[2]))  # take_along_dim compiles for one B
 
 
 def replace_patches(embeddings: Tensor, area: TokenArea, areas: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:

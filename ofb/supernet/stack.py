@@ -85,7 +85,7 @@ class Stacks(nn.ModuleDict):
 
     def masks(self, lam: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """m (H, d) of every submodule, or at least of those named."""
-        wanted = [stack for stack in self.values() if names is None or not set(names).isdisjoint(stack.names)]
+        wanted = [stack for stack in self.values() if names is None or any(name in names for name in stack.names)]
         return {name: mask for stack in wanted for name, mask in stack.masks(lam).items()}
 
     def expected_sizes(self) -> tuple[Tensor, Tensor]:

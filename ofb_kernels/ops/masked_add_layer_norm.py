@@ -8,7 +8,7 @@ from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype
 from ofb_kernels.ops.masked_layer_norm import width_limit
-from ofb_kernels.rows import as_rows
+from ofb_kernels.rows import as_rows, count_rows
 
 
 def masked_add_layer_norm(
@@ -90,7 +90,7 @@ def _forward(
 @_forward.register_fake
 def _(x, branch, branch_mask, sample_scale, weight, bias, mask, eps, dtype):
     stream = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
-    mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = x.new_empty(count_rows(x), dtype=torch.promote_types(x.dtype, torch.float32))
     return stream, x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
 
 

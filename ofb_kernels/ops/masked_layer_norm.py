@@ -7,7 +7,7 @@ from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype
-from ofb_kernels.rows import as_rows
+from ofb_kernels.rows import as_rows, count_rows
 
 MAX_WIDTH = 4096  # the kernels hold a whole row in registers; a wider one would spill
 
@@ -78,7 +78,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, weight, bias, mask, eps, dtype):
-    mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = x.new_empty(count_rows(x), dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
 
 

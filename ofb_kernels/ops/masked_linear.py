@@ -6,7 +6,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad
-from ofb_kernels.rows import as_rows
+from ofb_kernels.rows import as_rows, count_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -67,7 +67,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, weight, bias, mask, activation, save_pre):
-    rows, columns = x.shape[:-1].numel() if save_pre else 0, weight.shape[0]
+    rows, columns = count_rows(x) if save_pre else 0, weight.shape[0]
     return x.new_empty(*x.shape[:-1], columns), x.new_empty(rows, columns)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad
-from ofb_kernels.rows import as_rows
+from ofb_kernels.rows import as_rows, count_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -85,7 +85,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, activation, save_pre):
-    rows = x.shape[:-1].numel() if save_pre else 0
+    rows = count_rows(x) if save_pre else 0
     return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), x.new_empty(rows, fc1_weight.shape[0])
 
 
