@@ -1,12 +1,19 @@
-# One line each: what a newcomer can do here. `make PYTHON=python3.12 ...` chooses the interpreter:
-# the one that makes .venv, or, for the gpu targets, the one that runs them (nothing is installed).
+# One line each: what a newcomer can do here. `make PYTHON=python3.12 ...` chooses the interpreter: the one that makes
+# .venv, or, for the card targets, the one that runs them, as it is: then nothing is installed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TOOLS := build/tools
-OP_TESTS := $(foreach module,bimask masked_linear masked_mlp masked_attention masked_layer_norm masked_add_layer_norm local_norm \
-	dispatch nn supernet graph deit_shapes tuning,tests/test_$(module).py)
+# Of card and card-more, on the command line: DEVICE=cpu rehearses, DRY=1 prints the plan, PARTS=smoke,tests runs these
+# parts only, SECONDS_IN_ALL is the time for everything (300), OUT a folder for copies of the results.
+export DEVICE DRY PARTS SECONDS_IN_ALL OUT
+ifneq ($(filter command environment,$(origin PYTHON)),)
+CARD := $(PYTHON) -m benchmarks.card
+else
+CARD := $(BIN)/python -m benchmarks.card
+card card-more: $(STAMP)
+endif
 
 DEMO := --batch-size 64 --drop-path 0 --mixup 0 --cutmix 0
 DEMO_DENSE := --model vit_tiny_patch16_224 --model-kwargs embed_dim=96 depth=4 num_heads=4 --epochs 100 --lr 2e-3
@@ -14,7 +21,7 @@ DEMO_SEARCH := --target 50% --epochs 40 --lr 1e-3 \
 	--finetune-epochs 40 --finetune-lr 1e-3 --layer-decay None --no-model-ema
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test compile-sweep reliability bench lock audit gpu gpu-test gpu-bench gpu-sanitize gpu-tune
+.PHONY: help install demo test reliability bench lock audit card card-more compile-sweep
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,21 +64,8 @@ $(TOOLS):
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 || { rm -r $@; false; }
 
-gpu: gpu-test gpu-bench  ## op tests and benchmarks on this machine's GPU, with $(PYTHON) as it is
+card:  ## on this machine's GPU, in 5 minutes: is every op right, how fast are ops and steps (docs/gpu.md)
+	$(CARD) first
 
-gpu-test:  ## the op tests on real kernels
-	$(PYTHON) -m pytest -q $(OP_TESTS)
-
-gpu-bench:  ## the step and op benchmarks: CSVs and a page under benchmarks
-	$(PYTHON) -m benchmarks.step --device cuda --quick
-	$(PYTHON) -m benchmarks.ops --device cuda --quick
-	$(PYTHON) -m benchmarks.page
-
-# Without torch's caching of memory, memcheck sees where each tensor ends.
-gpu-sanitize:  ## the op tests under compute-sanitizer's memcheck and racecheck, for hours: not run yet, no GPU was at hand
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q $(OP_TESTS)
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -q $(OP_TESTS)
-
-gpu-tune:  ## tune the kernels on this GPU, and ship what was fastest in ofb_kernels/measured.json
-	OFB_KERNELS_AUTOTUNE=1 $(PYTHON) -m benchmarks.ops --device cuda --quick
-	$(PYTHON) -m benchmarks.decide
+card-more:  ## 5 more minutes: compiled rivals, DeiT-B, a search on the clock, the memory checker
+	$(CARD) more

@@ -8,11 +8,12 @@ Activations are bfloat16, the residual stream and all parameters float32, as und
 """
 
 import argparse
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HALF, FULL = 2, 4  # bytes of an activation, of the residual stream and of a parameter
-PATCH, PIXELS, CLASSES = 16, 3 * 224 * 224, 1000
+PATCH, CLASSES = 16, 1000
 TFLOPS, TBPS = 790.0, 4.3  # what large bf16 products and copies reach on an H200; benchmarks.ops measures both
 
 
@@ -38,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A ViT of equal blocks on `batch` images of 224 × 224 in patches of 16."""
+    """A ViT of equal blocks on `batch` square images in patches of 16; 197 tokens are 224 × 224 pixels."""
 
     batch: int
     width: int
@@ -53,19 +54,35 @@ class Sizes:
         return self.batch * self.tokens
 
     @property
+    def side(self) -> int:
+        """Pixels of an image's side."""
+        return PATCH * math.isqrt(self.tokens - 1)
+
+    @property
     def attention_width(self) -> int:
         return self.heads * self.head_dim
 
     def halved(self) -> "Sizes":
         """Half the residual width and hidden units, and the pairs of heads that fit into half: heads come in pairs."""
         half = {"width": self.width // 2, "heads": self.heads // 4 * 2, "hidden": self.hidden // 2}
-        return Sizes(self.batch, head_dim=self.head_dim, depth=self.depth, tokens=self.tokens, **half)
+        return replace(self, **half)
+
+    def pruned(self) -> "Sizes":
+        """About half of everything, a head less, in sizes that are multiples of 8 and not of 16."""
+        half = {name: getattr(self, name) // 32 * 16 + 8 for name in ("width", "head_dim", "hidden")}
+        return replace(self, heads=max(1, self.heads - 1), **half)
+
+    def named(self, size: str) -> "Sizes":
+        """The sizes that "full", "half" or "pruned" stands for."""
+        return {"full": lambda: self, "half": self.halved, "pruned": self.pruned}[size]()
 
 
 SIZES = {
     "deit_small": {"width": 384, "heads": 6, "head_dim": 64, "hidden": 1536},
     "deit_base": {"width": 768, "heads": 12, "head_dim": 64, "hidden": 3072},
 }
+TINY = {"width": 64, "heads": 4, "head_dim": 16, "hidden": 128, "depth": 1, "tokens": 10}  # to rehearse with on a CPU
+MODELS = SIZES | {"tiny": TINY}
 
 
 def seconds(groups: Iterable[Group], rates: Rates) -> float:
@@ -127,7 +144,7 @@ def masked_add_layer_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
 
 
 def local_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
-    return [Group("reconstruction target", 0, 2 * FULL * s.batch * PIXELS)], []
+    return [Group("reconstruction target", 0, 2 * FULL * s.batch * 3 * s.side**2)], []
 
 
 OPS = {op.__name__: op for op in (

@@ -1,4 +1,4 @@
-"""Launches of each op at a list of shapes: those that benchmarks.ops times, and others that compile to other code.
+"""Launches of each op at a list of shapes: those that a run on a card makes, and others that compile to other code.
 
 Tensors are on the meta device: they have shapes, strides and a position in memory, and no memory.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compile_only import Recorder
-from benchmarks.floors import SIZES, Sizes
+from benchmarks.floors import SIZES, TINY, Sizes
 from ofb_kernels.kernels import (
     bimask,
     local_norm,
@@ -26,6 +26,7 @@ from ofb_kernels.kernels import (
 from ofb_kernels.ops.masked_linear import ACTIVATIONS
 
 TIMED = [Sizes(256, **sizes) for sizes in SIZES.values()]
+PRUNED = [*(sizes.pruned() for sizes in TIMED), Sizes(2, **TINY).pruned()]  # multiples of 8 and not of 16
 TIMED += [sizes.halved() for sizes in TIMED]
 
 
@@ -88,7 +89,8 @@ def launch_masked_linear(precision: Precision) -> Iterator[str]:
         yield "16-bit mask"
         _linear(x, weight, mask.to(dtype))
     yield "multiples of 8"
-    for rows, inner, columns in ((50_432, 200, 1000), (50_432, 384, 1000), (50_432, 328, 384)):
+    pruned = [(sizes.rows, sizes.width, sizes.hidden) for sizes in PRUNED]
+    for rows, inner, columns in (*pruned, (50_432, 384, 1000), (50_432, 328, 384)):
         _linear(meta(rows, inner, dtype=dtype), meta(columns, inner, dtype=dtype), meta(columns))
     yield "odd"
     for rows, inner, columns in ((577, 384, 1536), (1, 17, 9)):
@@ -130,7 +132,8 @@ def launch_masked_mlp(precision: Precision) -> Iterator[str]:
         yield "16-bit mask"
         _mlp(1024, 384, 1536, meta(1536, dtype=dtype), dtype)
     yield "multiples of 8"
-    for rows, width, hidden in ((50_432, 200, 1000), (50_432, 384, 1000), (50_432, 328, 384)):
+    pruned = [(sizes.rows, sizes.width, sizes.hidden) for sizes in PRUNED]
+    for rows, width, hidden in (*pruned, (50_432, 384, 1000), (50_432, 328, 384)):
         _mlp(rows, width, hidden, meta(hidden), dtype)
     yield "odd"
     for rows, width, hidden in ((577, 384, 1536), (1, 17, 9)):
@@ -164,6 +167,11 @@ def launch_masked_attention(precision: Precision) -> Iterator[str]:
         _attention(meta(4, 197, 3, 6, head_dim, dtype=dtype))
     if precision.main_sizes_only:
         return
+    for sizes in PRUNED:
+        _attention(meta(sizes.batch, sizes.tokens, 3, sizes.heads, sizes.head_dim, dtype=dtype))
+    tiny = PRUNED[-1]
+    windows = meta(1, tiny.heads, tiny.tokens, tiny.tokens)
+    _attention(meta(2, tiny.tokens, 3, tiny.heads, tiny.head_dim, dtype=dtype), bias=windows)
     yield "tokens"
     for tokens in (1, 17, 64, 577, 1025):
         _attention(meta(2, tokens, 3, 6, 64, dtype=dtype))
@@ -213,7 +221,10 @@ def launch_masked_layer_norm(precision: Precision) -> Iterator[str]:
         _norm(x, dtype, branch=x, sample_scale=meta(8))
         _norm(meta(1576, width), dtype, branch=x, sample_scale=meta(8))
     yield "multiples of 8"
-    for width in (200, 328, 1000):
+    for sizes in PRUNED:
+        _norm(meta(sizes.rows, sizes.width), dtype)
+        _norm(meta(sizes.rows, sizes.width), dtype, branch=meta(sizes.rows, sizes.width, dtype=dtype))
+    for width in (328, 1000):
         x = meta(1576, width, dtype=dtype)
         _norm(x, dtype, vectors=dtype)
         _norm(meta(1576, width), dtype, branch=x, sample_scale=meta(8))
@@ -255,6 +266,9 @@ def launch_bimask(precision: Precision) -> Iterator[str]:
         _bimask(sizes.depth, sizes.heads, sizes.head_dim, max(1, sizes.heads // 2), 7)
         _bimask(sizes.depth, 1, sizes.hidden, 1, 7)
         _bimask(1, 1, sizes.width, 1, 33)
+    yield "multiples of 8"
+    for sizes in PRUNED:
+        _bimask(sizes.depth, sizes.heads, sizes.head_dim, max(1, sizes.heads // 2), 7)
     yield "odd"
     _bimask(1, 1, 1, 1, 1)
     _bimask(1, 20, 70, 5, 9)

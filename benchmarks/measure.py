@@ -2,6 +2,10 @@
 
 import csv
 import datetime
+import functools
+import importlib.metadata
+import math
+import os
 import platform
 import subprocess
 import time
@@ -12,34 +16,50 @@ from pathlib import Path
 import torch
 
 from benchmarks.floors import Rates
+from benchmarks.process import own_row, synchronize
+from ofb_kernels.dispatch import INTERPRETED
 
 ROOT = Path(__file__).parent
 QUANTILES = (0.2, 0.5, 0.8)
 COLD_BYTES = 256 * 2**20  # more than any L2 holds
+HEAD_START = 5_000_000  # clock cycles, about 3 ms: longer than the host takes to launch an op
 COLUMNS = (
     "benchmark", "subject", "batch_size", "size", "pass", "shape", "variant", "graph",
     "ms_20", "ms", "ms_80", "base", "over_base_20", "over_base", "over_base_80",
     "peak_bytes", "launches", "floor_ms", "ceiling_tflops", "ceiling_tbps", "rounds",
-    "device", "capability", "torch", "triton", "timm", "threads", "commit", "date",
+    "device", "capability", "torch", "triton", "timm", "threads", "commit", "date", "configurations",
 )  # fmt: skip
 
 Run = Callable[[], object]
 
 
 def measure(
-    runs: Mapping[str, Run], base: str, device: str, rounds: int, floor: float | None, about: dict[str, object]
+    runs: Mapping[str, Run],
+    base: str,
+    device: str,
+    rounds: int,
+    floor: float | None,
+    about: dict[str, object],
+    *,
+    device_start: bool = False,
+    until: float = math.inf,
 ) -> list[dict[str, object]]:
     """A row of the schema for each variant, timed interleaved; prints them.
 
     Args:
         runs: what to time. A name that ends in GRAPH is a CUDA graph already.
-        base: the variant that ratios are taken to.
+        base: the variant that ratios are taken to; the first one where that failed.
         device: "cpu" or "cuda".
         rounds: timed calls of each variant.
         floor: the least seconds it could take, None where that is not known.
         about: the row's other columns.
+        device_start: as in `interleave`.
+        until: as in `interleave`.
     """
-    timed = interleave(runs, device, rounds)
+    timed = interleave(runs, device, rounds, device_start=device_start, until=until)
+    if not timed:
+        return []
+    base = base if base in timed else next(iter(timed))
     ratios = ratio_to(timed, base)
     rows = []
     for variant, values in timed.items():
@@ -49,12 +69,16 @@ def measure(
         row = about | times | over | {
             "variant": variant.removesuffix(GRAPH),
             "graph": variant.endswith(GRAPH),
-            "base": base,
-            "peak_bytes": peak_memory(runs[variant], device),
-            "launches": launches(runs[variant], device),
+            "base": base.removesuffix(GRAPH),
+            "peak_bytes": None,
+            "launches": None,
             "floor_ms": None if floor is None else round(1e3 * floor, 4),
-            "rounds": rounds,
+            "rounds": len(values),
         }  # fmt: skip
+        if not row["graph"]:  # a graph took its memory when it was captured; its launches are those of the plain call
+            with own_row(f"{variant}: memory and launches"):
+                row["peak_bytes"] = peak_memory(runs[variant], device)
+                row["launches"] = launches(runs[variant], device)
         rows.append({column: row.get(column) for column in COLUMNS} | environment(device))
         above = "" if floor is None else f"  {times['ms'] / (1e3 * floor):7.2f} × floor"
         spread = f"({over['over_base_20']:.2f} to {over['over_base_80']:.2f})"
@@ -70,53 +94,77 @@ def with_graphs(runs: Mapping[str, Run], names: Iterable[str]) -> dict[str, Run]
     graphs = {}
     for name in names:
         if name in runs:
-            try:
+            with own_row(name + GRAPH):
                 graphs[name + GRAPH] = graphed(runs[name])
-            except RuntimeError as error:
-                print(f"  {name}{GRAPH} is left out: {str(error).splitlines()[0]}", flush=True)
     return dict(runs) | graphs
 
 
 def graphed(run: Run) -> Run:
-    """`run` as the replay of one CUDA graph; its tensors must stay where they are."""
+    """`run` as the replay of one CUDA graph, warmed up on the stream it is captured on; its tensors stay where they
+    are."""
+    from ofb.engine.cuda_graph import capture, run_on  # here: most commands need no graph, and it is slow to import
+
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    for _ in range(3):
+        run_on(stream, run)
+    return capture(run, stream)[0].replay
 
 
-def that_run(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """Those variants that this device, PyTorch and memory can run at all; the others are left out, with a line."""
+def that_run(makers: Mapping[str, Callable[[], Run]], until: float = math.inf) -> dict[str, Run]:
+    """The variants that can be made and called here, each called once; the others are left out, with a line.
+
+    Args:
+        makers: what makes each variant. The first ones are made first.
+        until: `time.monotonic()` after which no other is made.
+    """
     able = {}
-    for name, run in runs.items():
-        try:
+    for name, make in makers.items():
+        if time.monotonic() > until:
+            print(f"  {name} is left out: no time is left to make it", flush=True)
+            continue
+        with own_row(name):
+            run = make()
             run()
+            synchronize()
             able[name] = run
-        except RuntimeError as error:  # out of memory is one, too
-            print(f"  {name} is left out: {str(error).splitlines()[0]}", flush=True)
     return able
 
 
-def interleave(variants: Mapping[str, Run], device: str, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(
+    variants: Mapping[str, Run],
+    device: str,
+    rounds: int,
+    warmup: int = 2,
+    *,
+    device_start: bool = False,
+    until: float = math.inf,
+) -> dict[str, list[float]]:
     """Seconds of each call of each variant; in every round each variant runs once, so that drift hits all alike.
 
     On a GPU L2 is overwritten before each call: in a training step nothing is where the last call left it.
+
+    Args:
+        variants: what to time; one that fails is left out.
+        device: "cpu" or "cuda".
+        rounds: timed calls of each.
+        warmup: calls of each before them.
+        device_start: the GPU begins when the host has launched all of a call, so that host time does not count.
+        until: `time.monotonic()` after which no other round begins, but for the first.
     """
     cold = torch.empty(COLD_BYTES if device == "cuda" else 0, dtype=torch.uint8, device=device)
-    for _ in range(warmup):
-        for run in variants.values():
-            run()
-    seconds = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warmup + rounds):
+        if number > warmup and time.monotonic() > until:
+            break
+        for name in list(seconds):
             cold.zero_()
-            seconds[name].append(_seconds_of(run, device))
+            took = None
+            with own_row(name):
+                took = _seconds_of(variants[name], device, device_start)
+            if took is None:
+                del seconds[name]
+            elif number >= warmup:
+                seconds[name].append(took)
     return seconds
 
 
@@ -133,10 +181,7 @@ def ratio_to(seconds: Mapping[str, list[float]], base: str) -> dict[str, tuple[f
 
 
 def peak_memory(run: Run, device: str) -> int | None:
-    """Bytes allocated at the peak of one call, over what was allocated before; None on a CPU.
-
-    A graph allocated when it was captured: its call takes nothing.
-    """
+    """Bytes allocated at the peak of one call, over what was allocated before; None on a CPU."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()
@@ -183,28 +228,29 @@ def ceiling_columns(rates: Rates | None) -> dict[str, float]:
 
 def environment(device: str) -> dict[str, str]:
     """What a figure depends on: device, versions, commit, date."""
-    import timm
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
     return {
         "device": device_name(device),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else "",
         "torch": torch.__version__,
-        "triton": triton_version,
-        "timm": timm.__version__,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
         "threads": str(torch.get_num_threads()) if device == "cpu" else "",
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU" + (" with interpreted Triton" if INTERPRETED else "")
 
 
 def results_folder(device: str) -> Path:
@@ -213,12 +259,17 @@ def results_folder(device: str) -> Path:
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """Write rows of the schema, replacing the file."""
+    """Write rows of the schema, replacing the file; where that fails the file stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        with open(unfinished, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -227,12 +278,29 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _seconds_of(run: Run, device: str) -> float:
+def keep(rows: list[dict], path: Path) -> None:
+    """Write rows of the schema; the file's rows of other cases stay. What cannot be written is said, and no error."""
+    try:
+        cases = {case_of(row) for row in rows}
+        others = [row for row in read_csv(path) if case_of(row) not in cases] if path.exists() else []
+        write_csv([*others, *rows], path)
+    except OSError as error:
+        print(f"  {path} is not written: {error.strerror}", flush=True)
+
+
+def case_of(row: Mapping[str, object]) -> tuple[str, ...]:
+    """What is measured in a row; rows of one case are compared with one another."""
+    return tuple(str(row[name]) for name in ("benchmark", "subject", "batch_size", "size", "pass"))
+
+
+def _seconds_of(run: Run, device: str, device_start: bool) -> float:
     if device != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if device_start:
+        torch.cuda._sleep(HEAD_START)
     start.record()
     run()
     end.record()
@@ -240,6 +308,12 @@ def _seconds_of(run: Run, device: str) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else ""
+@functools.cache
+def commit() -> str:
+    """Of the checkout; where git or its history is not at hand, what the variable COMMIT says."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        found = git.stdout.strip() if git.returncode == 0 else ""
+    except OSError:
+        found = ""
+    return found or os.environ.get("COMMIT", "")

@@ -1,44 +1,52 @@
-"""Every op, forward, backward and both, in all its forms and beside the least time the device could take.
+"""Every op, forward and forward with backward, in all its forms and beside the least time the device could take.
 
     python -m benchmarks.ops --device cpu --quick
     python -m benchmarks.ops --device cuda [--quick]
 
-Shapes are those of DeiT-S and DeiT-B, whole and pruned to half; data is random, variants run interleaved in one
-process. "folded" is the op's eager backend, the best form in plain PyTorch.
+Shapes are those of DeiT-S and DeiT-B, whole, pruned to half, and pruned to multiples of 8 that are not of 16; data is
+random, variants run interleaved in one process, on a GPU as CUDA graphs too. "folded" is the op's eager backend, the
+best form in plain PyTorch; "triton" takes the default configuration of each kernel, "triton, …" another one for one of
+them.
 """
 
 import argparse
+import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ofb_kernels
 from benchmarks import floors
-from benchmarks.floors import SIZES, Sizes
+from benchmarks.configurations import Choice, defaults_and_others, with_defaults
+from benchmarks.floors import MODELS, Sizes
 from benchmarks.measure import (
     ceiling_columns,
     ceilings,
+    keep,
     measure,
     mixed_precision,
     results_folder,
     that_run,
     with_graphs,
-    write_csv,
 )
+from benchmarks.process import add_process_options, own_row, take_turn, verdict
+from ofb_kernels.dispatch import INTERPRETED
 from ofb_kernels.measured import sizes_of
 
-BACKENDS = {"reference": "reference", "folded": "eager", "triton": "triton"}
 SDPA_BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-PASSES = ("forward", "backward", "both")
+PASSES = ("forward", "both")
+Form = Callable[[], object]
 
 
 @dataclass
@@ -65,24 +73,28 @@ class Case:
 def main() -> None:
     arguments = parse_arguments()
     device = arguments.device
+    until = take_turn(arguments)
     torch.manual_seed(0)
-    functorch_config.donated_buffer = False  # a backward alone is timed over a graph that must stay
     rates = ceilings(device)
-    path, rows = (arguments.output or results_folder(device)) / "ops.csv", []
-    for model, batch, size, sizes in shapes(device, arguments.quick):
+    path = (arguments.output or results_folder(device)) / "ops.csv"
+    for size, model, batch in product(arguments.size, arguments.model, arguments.batch_size):
+        sizes = Sizes(batch, **MODELS[model]).named(size)
         for case in cases(sizes, device):
-            if arguments.op and case.op not in arguments.op:
+            unasked = arguments.op and case.op not in arguments.op
+            if unasked or (case.op == "local_norm" and size != "full"):  # images are never pruned
                 continue
-            forms = forms_of(case, device)
+            about = {"benchmark": "op", "subject": f"{case.op} {model}", "batch_size": batch, "size": size}
+            about |= {"shape": "x".join(map(str, sizes_of(case.dispatched())))} | ceiling_columns(rates)
             for which in PASSES if case.leaves() else PASSES[:1]:
+                if time.monotonic() > until:
+                    verdict(f"{case.op} {model} {size} {which}: left out, no time was left")
+                    continue
                 print(f"{case.op}, {model}, batch {batch}, {size}, {which}", flush=True)
-                about = {"benchmark": "op", "subject": f"{case.op} {model}", "batch_size": batch, "size": size}
-                shape = "x".join(map(str, sizes_of(case.dispatched())))
-                about |= {"pass": which, "shape": shape} | ceiling_columns(rates)
-                runs = runs_of(forms, case, which, device)
                 floor = None if rates is None else floor_seconds(case.op, which, sizes, rates)
-                rows += measure(runs, "folded", device, arguments.rounds, floor, about)
-                write_csv(rows, path)  # what is measured stays, should the rest not come
+                rows = measure_pass(case, which, arguments, floor, about | {"pass": which}, until)
+                keep(rows, path)  # what is measured stays, should the rest not come
+                if rows:
+                    verdict(in_one_line(rows))
             torch.compiler.reset()
     print(f"written to {path}")
 
@@ -92,20 +104,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="DeiT-S at one batch size only")
     parser.add_argument("--op", nargs="+", help="these ops only")
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), help="default: deit_small, deit_base")
+    parser.add_argument("--batch-size", nargs="+", type=int, help="default: 2 on a CPU, 64, 256 and 1024 on CUDA")
+    parser.add_argument("--size", nargs="+", choices=["full", "half", "pruned"], help="default: all, with --quick full")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each variant")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the forms under torch.compile")
     parser.add_argument("--output", type=Path, help="folder of ops.csv; default: benchmarks/results/<device>")
-    return parser.parse_args()
-
-
-def shapes(device: str, quick: bool) -> Iterator[tuple[str, int, str, Sizes]]:
-    """(model, batch size, "full" or "half", sizes)."""
-    batches = (2,) if device == "cpu" else (256,) if quick else (64, 256, 1024)
-    for model in list(SIZES)[: 1 if quick else None]:
-        for batch in batches:
-            full = Sizes(batch, **SIZES[model])
-            yield model, batch, "full", full
-            if not quick:
-                yield model, batch, "half", full.halved()
+    add_process_options(parser)
+    arguments = parser.parse_args()
+    quick, on_cpu = arguments.quick, arguments.device == "cpu"
+    arguments.model = arguments.model or (["deit_small"] if quick else ["deit_small", "deit_base"])
+    arguments.size = arguments.size or (["full"] if quick else ["full", "half", "pruned"])
+    arguments.batch_size = arguments.batch_size or ([2] if on_cpu else [256] if quick else [64, 256, 1024])
+    return arguments
 
 
 def cases(sizes: Sizes, device: str) -> Iterator[Case]:
@@ -119,7 +130,8 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     def mask(*shape: int) -> Tensor:
         return torch.rand(shape, device=device).requires_grad_()
 
-    counts = (range(2, sizes.heads + 1, 2) if sizes.heads > 2 else [sizes.heads]), range(16, sizes.head_dim + 1, 8)
+    heads, step = sizes.heads, sizes.head_dim // 8
+    counts = (range(2, heads + 1, 2) if heads > 2 else [heads]), range(2 * step, 8 * step + 1, step)
     counts = tuple(torch.tensor(list(each), device=device).repeat(sizes.depth, 1) for each in counts)
     score = random(sizes.depth, sizes.heads, sizes.head_dim, dtype=torch.float32)
     alpha = mask(sizes.depth, counts[0].shape[1], counts[1].shape[1])
@@ -137,30 +149,62 @@ def cases(sizes: Sizes, device: str) -> Iterator[Case]:
     yield Case("masked_layer_norm", {"x": stream, **vectors}, {})
     branch = {"branch": random(batch, tokens, width), "branch_mask": mask(width)}
     yield Case("masked_add_layer_norm", {"x": stream, **branch, **vectors}, {})
-    yield Case("local_norm", {"images": torch.randn(batch, 3, 224, 224, device=device)}, {})
+    yield Case("local_norm", {"images": torch.randn(batch, 3, sizes.side, sizes.side, device=device)}, {})
 
 
-def forms_of(case: Case, device: str) -> dict[str, Callable[[], object]]:
-    """Each form of the op, forward, as a function without arguments; those that cannot run here are left out."""
-    forms = {name: lambda backend=backend: case.run(backend) for name, backend in BACKENDS.items()}
-    if device == "cpu":
-        del forms["triton"]
-    for name in ("reference", "folded"):
-        forms[f"{name} + compile"] = torch.compile(forms[name], dynamic=False)
+def measure_pass(
+    case: Case, which: str, arguments: argparse.Namespace, floor: float | None, about: dict, until: float
+) -> list[dict]:
+    """A row for each form of one pass of an op that runs here; the triton ones say in which configurations."""
+    device = arguments.device
+    forms, choices = forms_of(case, which, device, compiled=not arguments.no_compile)
+    forms = {name: form for name, form in forms.items() if name not in arguments.without}
+    runs = that_run({name: partial(pass_of, form, case, which) for name, form in forms.items()}, until)
+    if device == "cuda":
+        graphs = with_graphs(runs, (name for name in runs if name not in arguments.without))
+        runs = {name: run for name, run in graphs.items() if name not in choices or name == "triton"}
+    rows = measure(runs, "folded", device, arguments.rounds, floor, about, device_start=True, until=until)
+    return [row | {"configurations": json.dumps(choices.get(row["variant"], []))} for row in rows]
+
+
+def forms_of(case: Case, which: str, device: str, compiled: bool) -> tuple[dict[str, Form], dict[str, list[Choice]]]:
+    """Each form of the op, forward, as a function without arguments; and the configurations of the triton ones."""
+    reference, folded, triton = (partial(case.run, backend) for backend in ("reference", "eager", "triton"))
+    forms: dict[str, Form] = {"folded": folded}
+    choices: dict[str, list[Choice]] = {}
+    if device == "cuda" or INTERPRETED:
+        with own_row("triton"):
+            choices = configurations_of(triton, case, which)
+            forms["triton"] = with_defaults(triton)
+            forms |= {name: with_defaults(triton, *chosen) for name, chosen in choices.items() if name != "triton"}
     if case.op == "masked_attention" and device == "cuda":
         forms |= {name: on_sdpa(case, sdpa) for name, sdpa in SDPA_BACKENDS.items()}
-    return that_run(forms)
+    forms["reference"] = reference
+    if compiled:
+        rivals = {"folded": folded, "reference": reference}
+        forms |= {f"{name} + compile": torch.compile(form, dynamic=False) for name, form in rivals.items()}
+    return forms, choices
 
 
-def runs_of(forms: dict[str, Callable], case: Case, which: str, device: str) -> dict[str, Callable[[], object]]:
-    """One pass of every form, on a GPU those of interest as CUDA graphs besides."""
-    runs = forms
-    if which != "forward":
-        runs = {name: _backward_of(form, case.leaves(), with_forward=which == "both") for name, form in forms.items()}
-    return with_graphs(runs, ("folded + compile", "triton") if device == "cuda" else ())
+def configurations_of(triton: Form, case: Case, which: str) -> dict[str, list[Choice]]:
+    """The default configurations as those of "triton", and each other one of a kernel under a name of its own.
+
+    Of a forward with backward only those of the backward's kernels: the others have their turn in the forward.
+    """
+    known = {choice.kernel for choice in defaults_and_others(triton)[0]} if which != "forward" else set()
+    defaults, others = defaults_and_others(pass_of(triton, case, which))
+    return {"triton": defaults} | {f"triton, {each}": [each] for each in others if each.kernel not in known}
 
 
-def on_sdpa(case: Case, sdpa: SDPBackend) -> Callable[[], Tensor]:
+def pass_of(form: Form, case: Case, which: str) -> Form:
+    """One pass of a form: forward, or both forward and backward."""
+    if which == "forward":
+        return form
+    leaves, cotangents = case.leaves(), [torch.randn_like(output) for output in _tensors(form())]
+    return lambda: torch.autograd.grad(_tensors(form()), leaves, cotangents)
+
+
+def on_sdpa(case: Case, sdpa: SDPBackend) -> Form:
     """The folded form of masked attention on one backend of scaled_dot_product_attention."""
 
     def run() -> Tensor:
@@ -175,15 +219,21 @@ def floor_seconds(op: str, which: str, sizes: Sizes, rates: floors.Rates) -> flo
     if op not in floors.OPS:
         return None
     forward, backward = floors.OPS[op](sizes)
-    return floors.seconds({"forward": forward, "backward": backward, "both": forward + backward}[which], rates)
+    return floors.seconds(forward if which == "forward" else forward + backward, rates)
 
 
-def _backward_of(form: Callable, leaves: list[Tensor], with_forward: bool) -> Callable[[], object]:
-    outputs = _tensors(form())
-    cotangents = [torch.randn_like(output) for output in outputs]
-    if with_forward:
-        return lambda: torch.autograd.grad(_tensors(form()), leaves, cotangents)
-    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+def in_one_line(rows: list[dict]) -> str:
+    """The times of a pass: triton over its floor, its fastest configuration, the other forms; graphs, where there are
+    any."""
+    shown = sorted([row for row in rows if row["graph"]] or rows, key=lambda row: row["ms"])
+    times = {row["variant"]: f"{1e3 * row['ms']:.0f} us" for row in shown}
+    if "triton" in times and shown[0]["floor_ms"]:
+        milliseconds = next(row["ms"] for row in shown if row["variant"] == "triton")
+        times["triton"] += f" = {milliseconds / shown[0]['floor_ms']:.1f} floors"
+    tuned = [name for name in times if name.startswith("triton, ")]
+    names = dict.fromkeys(["triton", *tuned[:1], *(name for name in times if name not in tuned)])
+    about = f"{rows[0]['subject']} {rows[0]['size']} {rows[0]['pass']}"
+    return f"{about}: " + "; ".join(f"{name} {times[name]}" for name in names if name in times)
 
 
 def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ the median of interleaved calls in one process on random data, ratios are median
 NOT_MEASURED = """
 ## GPU
 
-Not measured: no result of a GPU has been committed. `make gpu-bench PYTHON=python3` writes them.
+Not measured: no result of a GPU has been committed. `make card` writes them ([docs/gpu.md](../docs/gpu.md)).
 """
 
 Row = dict[str, str]
@@ -69,7 +69,7 @@ def device_section(folder: Path) -> str:
     parts += [f"\n![{name}](results/{folder.name}/{name})\n" for name in pictures(folder)]
     for (benchmark, subject, batch, size, which), group in groupby(rows, key=_case):
         group = list(group)
-        what = "one step" if benchmark == "step" else which
+        what = f"one {which}" if benchmark == "step" else which
         parts.append(f"\n### {subject}, batch {batch}, {size} size, {what}\n\n{_about(group[0])}\n\n")
         parts.extend(f"{line}\n" for line in _table(group))
     return "".join(parts)
@@ -86,13 +86,14 @@ def _case(row: Row) -> tuple[str, ...]:
 def _about(row: Row) -> str:
     versions = f"torch {row['torch']}, Triton {row['triton']}, timm {row['timm']}"
     threads = f", {row['threads']} threads" if row["threads"] else ""
+    threads += f", {row['shape']}" if row["benchmark"] == "search" else ""
     ceilings = f", ceilings {row['ceiling_tflops']} TFLOP/s and {row['ceiling_tbps']} TB/s" if row["floor_ms"] else ""
     return f"{versions}{threads}{ceilings}; {row['rounds']} rounds, commit {row['commit']}, {row['date']}."
 
 
 def _table(rows: Iterable[Row]) -> Iterator[str]:
     rows = list(rows)
-    on_gpu = rows[0]["peak_bytes"] != ""
+    on_gpu = rows[0]["capability"] != ""
     columns = [
         "variant",
         f"time over {rows[0]['base']}",
@@ -107,7 +108,8 @@ def _table(rows: Iterable[Row]) -> Iterator[str]:
         cells = [row["variant"] + graph, over, f"{float(row['ms']):.3g}"]
         if on_gpu:
             floor = f"{float(row['ms']) / float(row['floor_ms']):.2f}" if row["floor_ms"] else ""
-            cells += [floor, f"{int(row['peak_bytes']) / 2**20:.0f}", row["launches"]]
+            memory = f"{int(row['peak_bytes']) / 2**20:.0f}" if row["peak_bytes"] else ""
+            cells += [floor, memory, row["launches"]]
         yield "| " + " | ".join(cells) + " |"
 
 

@@ -29,7 +29,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     cases = [list(group) for _, group in groupby(rows, key=_title)]
-    measures = [name for name in MEASURES if all(row[name] for row in rows)]
+    measures = [name for name in MEASURES if any(row[name] for row in rows)]
     heights = [0.8 + 0.28 * len(case) for case in cases]
     size, ratios = (7.5 * len(measures), sum(heights)), {"height_ratios": heights}
     figure, panels = plt.subplots(len(cases), len(measures), figsize=size, squeeze=False, gridspec_kw=ratios)
@@ -44,7 +44,11 @@ def draw(rows: list[dict[str, str]], path: Path) -> Path:
 
 
 def _bars(panel, case: list[dict[str, str]], measure: str) -> None:
-    base = next(row for row in case if row["variant"] == row["base"] and row["graph"] == "False")
+    case = [row for row in case if row[measure]]  # a graph has no memory of its own
+    if not case:
+        panel.set_axis_off()
+        return
+    base = next((row for row in case if row["variant"] == row["base"]), case[0])
     names = [row["variant"] + (" (graph)" if row["graph"] == "True" else "") for row in case]
     unit = 1.0 if measure == "over_base" else float(base[measure]) or 1.0
     values = [float(row[measure]) / unit for row in case]

@@ -34,17 +34,22 @@ def error_bound(exact: Tensor, same_dtype: Tensor, perturbed: list[Tensor], redu
     return 2 * made_by_torch + ROUNDINGS * made_by_inputs + rounding
 
 
-def assert_accurate(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype, bound: float) -> None:
+def assert_accurate(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype, bound: float) -> float:
     """Assert shape and dtype, and that `actual` lies within `bound` of `exact`; NaN and infinities never pass.
+
+    Returns:
+        The error as a share of the bound.
 
     Raises:
         AssertionError: names the result, what was expected and what was got.
     """
     assert actual.shape == exact.shape, f"{name}: expected shape {tuple(exact.shape)}, got {tuple(actual.shape)}"
     assert actual.dtype == dtype, f"{name}: expected dtype {dtype}, got {actual.dtype}"
-    if actual.numel() > 0:
-        error = _distance(actual, exact)
-        assert error <= bound, f"{name}: error {error:.3e} against float64 exceeds the bound {bound:.3e}"
+    if actual.numel() == 0:
+        return 0.0
+    error = _distance(actual, exact)
+    assert error <= bound, f"{name}: error {error:.3e} against float64 exceeds the bound {bound:.3e}"
+    return error / bound if error else 0.0
 
 
 def check_op(
@@ -54,7 +59,7 @@ def check_op(
     backend: str,
     reduction: int,
     cotangent: Tensor | None = None,
-) -> None:
+) -> float:
     """Check an op's result and all its gradients on one backend against the float64 reference.
 
     Args:
@@ -65,6 +70,9 @@ def check_op(
         backend: the backend under test.
         reduction: terms added up for one element of any result (rows for weight gradients); the longest counts.
         cotangent: the gradient of the op's result, random where None.
+
+    Returns:
+        The largest error, as a share of its bound.
 
     Raises:
         AssertionError: a result or gradient is not accurate.
@@ -86,9 +94,11 @@ def check_op(
     actual, same_dtype, exact = run(backend, inputs), run("reference", inputs), run("reference", exact_inputs)
     eps = torch.finfo(dtype).eps
     perturbed = [run("reference", _perturb(exact_inputs, eps)) for _ in range(PERTURBATIONS)]
+    shares = []
     for name in actual:
         bound = error_bound(exact[name], same_dtype[name], [results[name] for results in perturbed], reduction)
-        assert_accurate(f"{backend} {name}", actual[name], exact[name], same_dtype[name].dtype, bound)
+        shares.append(assert_accurate(f"{backend} {name}", actual[name], exact[name], same_dtype[name].dtype, bound))
+    return max(shares)
 
 
 def _perturb(inputs: dict[str, Tensor], eps: float) -> dict[str, Tensor]:

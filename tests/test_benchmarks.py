@@ -10,10 +10,10 @@ import torch
 
 import ofb_kernels
 from benchmarks import floors, page, scaling
-from benchmarks.floors import SIZES, Rates, Sizes
-from benchmarks.measure import COLUMNS, ROOT, interleave, measure, quantiles, ratio_to, read_csv, write_csv
-from benchmarks.ops import PASSES, cases, forms_of, runs_of
-from benchmarks.step import halve, make_network, make_step
+from benchmarks.floors import SIZES, TINY, Rates, Sizes
+from benchmarks.measure import COLUMNS, ROOT, interleave, measure, quantiles, ratio_to, read_csv, that_run, write_csv
+from benchmarks.ops import PASSES, cases, forms_of, pass_of
+from benchmarks.step import VARIANTS, halve, make_network, make_step, make_steps
 from ofb import Supernet
 from ofb.supernet.families import count_macs
 
@@ -71,30 +71,47 @@ def test_halve_prunes_to_the_sizes_of_the_floor(model):
     assert not supernet.finished
 
 
-@pytest.mark.parametrize("backend", ["", "reference", None])
+@pytest.mark.parametrize("name", ["dense", "reference", "folded", "triton", "package"])
 @pytest.mark.parametrize("size", ["full", "half"])
-def test_every_step_trains(size, backend):
+def test_every_step_trains(size, name):
     arguments = Namespace(device="cpu", residual_mask="stream")
     torch.manual_seed(0)
-    network, mode = make_network("deit_small", size, backend, None, arguments)
-    before = network.get_parameter("blocks.0.mlp.fc1.weight" if backend == "" else "model.blocks.0.mlp.fc1.weight")
+    variant = VARIANTS[name]
+    network = make_network("tiny", size, variant, arguments)
+    before = network.get_parameter("blocks.0.mlp.fc1.weight" if name == "dense" else "model.blocks.0.mlp.fc1.weight")
     copy = before.detach().clone()
-    make_step((network, mode), torch.randn(1, 3, 224, 224), torch.zeros(1, dtype=torch.long))()
+    make_step(network, variant, torch.randn(1, 3, 48, 48), torch.zeros(1, dtype=torch.long))()
     assert not torch.equal(before, copy) and before.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.compile_mode is not None])
+def test_every_compiled_step_trains(name, monkeypatch, capsys):
+    """As the command runs them; Inductor itself is tested in test_compile.py and in the rehearsal of test_card.py."""
+    modes = []
+
+    def compile(function, *, mode):
+        modes.append(mode)
+        return torch._dynamo.optimize("aot_eager", nopython=True)(function)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    arguments = Namespace(device="cpu", residual_mask="stream", variants=["dense", name], without=[])
+    steps = that_run(make_steps("tiny", 2, "full", arguments))
+    assert list(steps) == ["dense", name], capsys.readouterr().out
+    assert modes == [VARIANTS[name].compile_mode]
 
 
 def test_every_op_has_a_case_and_every_case_runs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda form, **options: form)  # compiling is tested with each op
-    sizes = Sizes(1, width=16, heads=2, head_dim=16, hidden=32, depth=2, tokens=5)
-    found = list(cases(sizes, "cpu"))
+    found = list(cases(Sizes(1, **TINY), "cpu"))
     ops = set(ofb_kernels.__all__) - {"use_backend", "masked_qkv_attention"}
     assert {case.op for case in found} == ops
     for case in found:
-        forms = forms_of(case, "cpu")
-        assert forms.keys() == {"reference", "folded", "reference + compile", "folded + compile"}
         for which in PASSES if case.leaves() else PASSES[:1]:
-            for run in runs_of(forms, case, which, "cpu").values():
-                run()
+            forms, choices = forms_of(case, which, "cpu", compiled=True)
+            others = {"reference", "folded", "reference + compile", "folded + compile"}
+            assert forms.keys() == others | choices.keys() and "triton" in choices
+            for form in forms.values():
+                pass_of(form, case, which)()
 
 
 def test_the_page_is_that_of_the_results():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.decide import decisions
+from benchmarks.decide import configurations, decisions, propose
 from benchmarks.measure import COLUMNS, write_csv
 from benchmarks.ops import cases
 from ofb_kernels import dispatch
@@ -77,17 +77,19 @@ class _OnGpu(SimpleNamespace):
     is_cuda, device = True, SimpleNamespace(index=0)
 
 
-def row(subject, variant, ms, which="both", graph="False", capability="9.0"):
+def row(subject, variant, ms, which="both", graph="True", capability="9.0", configurations=()):
     row = dict.fromkeys(COLUMNS, "")
     values = {"subject": f"{subject} deit_small", "variant": variant, "ms": ms, "pass": which, "graph": graph}
-    return row | values | {"shape": "1000x384x1536", "capability": capability}
+    values |= {"shape": "1000x384x1536", "capability": capability, "configurations": json.dumps(configurations)}
+    return row | values
 
 
 def test_decisions():
+    """Graphs decide, and forward with backward where there is one."""
     rows = [
         row("masked_mlp", "triton", 2.0),
         row("masked_mlp", "folded", 1.0),
-        row("masked_mlp", "triton", 0.1, graph="True"),
+        row("masked_mlp", "triton", 0.1, graph="False"),
         row("masked_mlp", "triton", 0.1, which="forward"),
         row("local_norm", "triton", 1.0, which="forward"),
         row("local_norm", "folded", 2.0, which="forward"),
@@ -97,18 +99,48 @@ def test_decisions():
     assert decisions(rows) == {"masked_mlp": [[sizes, "eager"]], "local_norm": [[sizes, "triton"]]}
 
 
+SMALL, LARGE = {"BLOCK_M": 64, "num_warps": 4}, {"BLOCK_M": 128, "num_warps": 8}
+
+
+def test_configurations():
+    """Of each kernel the fastest; a forward's kernels are decided by the forward."""
+    first, second = ("op.forward 2 bytes", [1000, 384]), ("op.backward 2 bytes", [1000, 384])
+    defaults = [[*first, SMALL], [*second, SMALL]]
+    rows = [
+        row("op", "triton", 2.0, "forward", configurations=defaults[:1]),
+        row("op", "triton, forward 128 w8 s", 1.0, "forward", configurations=[[*first, LARGE]]),
+        row("op", "triton, forward 128 w8 s", 9.0, "forward", graph="False", configurations=[[*first, LARGE]]),
+        row("op", "triton", 5.0, configurations=defaults),
+        row("op", "triton, backward 128 w8 s", 6.0, configurations=[[*second, LARGE]]),
+        row("op", "folded", 0.1),
+    ]
+    assert configurations(rows) == {first[0]: [[first[1], LARGE]], second[0]: [[second[1], SMALL]]}
+
+
 def test_decide_keeps_other_capabilities(tmp_path):
     table = tmp_path / "measured.json"
     table.write_text(json.dumps({"8.0": {"bimask": [[[1, 2], "eager"]]}, "9.0": {"bimask": [[[1, 2], "eager"]]}}))
-    write_csv([row("masked_mlp", "triton", 2.0), row("masked_mlp", "folded", 1.0)], tmp_path / "ops.csv")
-    configurations = {"masked_mlp.backward 2 bytes": [[[1024, 384], {"BLOCK_M": 128}]]}
-    (tmp_path / "tuned.json").write_text(json.dumps({"9.0": configurations, "8.0": {}}))
+    chosen = [["masked_mlp.backward 2 bytes", [1024, 384], LARGE]]
+    rows = [row("masked_mlp", "triton", 2.0), row("masked_mlp", "folded", 1.0)]
+    rows += [row("masked_mlp", "triton, backward 128 w8 s", 1.5, configurations=chosen)]
+    write_csv(rows, tmp_path / "ops.csv")
     command = [sys.executable, "-m", "benchmarks.decide", tmp_path / "ops.csv", "--output", table]
-    subprocess.run([*command, "--tuned", tmp_path / "tuned.json"], check=True)
+    subprocess.run(command, check=True)
     found = json.loads(table.read_text())
     assert found.keys() == {"8.0", "9.0"}
     backends = {"masked_mlp": [[[1000, 384, 1536], "eager"]]}
-    assert found["9.0"] == {"backends": backends, "configurations": configurations}
+    assert found["9.0"] == {"backends": backends, "configurations": {chosen[0][0]: [[[1024, 384], LARGE]]}}
+
+
+def test_a_table_is_proposed_beside_a_gpus_results_only(tmp_path):
+    propose(tmp_path)
+    write_csv([row("masked_mlp", "folded", 1.0, capability="")], tmp_path / "ops.csv")
+    propose(tmp_path)
+    assert not (tmp_path / "measured.json").exists()
+    write_csv([row("masked_mlp", "folded", 1.0), row("masked_mlp", "triton", 0.5)], tmp_path / "ops.csv")
+    propose(tmp_path)
+    found = json.loads((tmp_path / "measured.json").read_text())
+    assert found["9.0"]["backends"] == {"masked_mlp": [[[1000, 384, 1536], "triton"]]}
 
 
 def test_decide_refuses_what_no_gpu_measured(tmp_path):

@@ -1,0 +1,112 @@
+"""A short search on the clock: steps and pruning events, with the captures and compilations that new sizes cost.
+
+    python -m benchmarks.card.search_time --device cuda
+
+Every submodule loses its largest size at each event, so that all shapes change, as in the first half of a search. Both
+rivals run the package's own training step as a CUDA graph: once on Triton kernels, once with folded masks compiled by
+Inductor. The second one goes on as long as there is time.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.floors import MODELS, Sizes
+from benchmarks.measure import COLUMNS, environment, keep, results_folder, synchronize
+from benchmarks.process import add_process_options, own_row, take_turn, verdict
+from benchmarks.step import lowest_target, shrink, timm_model
+from ofb import SearchConfig, Supernet
+from ofb.engine.optimization import Optimization, make_optimizer
+
+RIVALS = {"triton": ("triton", False), "folded + compile": ("eager", True)}  # ops backend, compiled
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    until = take_turn(arguments)
+    torch._dynamo.config.recompile_limit = 10 * arguments.prunes  # the default would give up at the eighth size
+    clocks: dict[str, list[float]] = {}
+    for name, (backend, compiled) in RIVALS.items():
+        if name in arguments.without:
+            continue
+        with own_row(name):
+            for seconds in prunes_on_the_clock(arguments, backend, compiled):
+                clocks.setdefault(name, []).append(seconds)
+                report(clocks, arguments)
+                if time.monotonic() > until:
+                    break
+    for line in in_words(clocks, arguments):
+        verdict(line)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=list(MODELS), default="deit_small")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--prunes", type=int, default=8, help="pruning events")
+    parser.add_argument("--steps", type=int, default=20, help="steps before each event and after the last one")
+    parser.add_argument("--output", type=Path, help="folder of search.csv; default: benchmarks/results/<device>")
+    add_process_options(parser)
+    return parser.parse_args()
+
+
+def prunes_on_the_clock(arguments: argparse.Namespace, backend: str, compiled: bool) -> Iterator[float]:
+    """Seconds from the start to the end of the steps behind no pruning event, behind the first one, and so on."""
+    device, on_gpu = torch.device(arguments.device), arguments.device == "cuda"
+    torch.manual_seed(0)
+    side = Sizes(1, **MODELS[arguments.model]).side
+    images = torch.randn(arguments.batch_size, 3, side, side, device=device)
+    targets = torch.randint(0, 1000, (arguments.batch_size,), device=device)
+    supernet = Supernet(timm_model(arguments.model).to(device), target=lowest_target(arguments.model), backend=backend)
+    config = SearchConfig(device=str(device), batch_size=arguments.batch_size, amp=on_gpu, cuda_graph=on_gpu)
+    optimizer = make_optimizer(supernet.parameter_groups(), config, lr_at_256=2.5e-4)
+    loss = torch.compile(supernet.loss) if compiled else supernet.loss
+
+    def losses(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss(images, targets).total}
+
+    optimization = Optimization(optimizer, losses, config, 0, 1000, device, revision=lambda: supernet.revision)
+    start = time.monotonic()
+    for event in range(arguments.prunes + 1):
+        if event:
+            shrink(supernet, optimizer)
+        for _ in range(arguments.steps):
+            optimization.step(images, targets)
+        synchronize()
+        yield time.monotonic() - start
+
+
+def report(clocks: dict[str, list[float]], arguments: argparse.Namespace) -> None:
+    """Rows of the schema, for as many pruning events as every rival that has begun has behind it."""
+    done = min(map(len, clocks.values()))
+    device, base = arguments.device, next(reversed(clocks))
+    about = {"benchmark": "search", "subject": f"{arguments.model}, {arguments.steps} steps between pruning events"}
+    about |= {"batch_size": arguments.batch_size, "size": "full", "pass": "search", "base": base}
+    about |= {"shape": f"{done - 1} pruning events"}
+    rows = []
+    for name, seconds in clocks.items():
+        over = round(seconds[done - 1] / clocks[base][done - 1], 4)
+        times = dict.fromkeys(("ms_20", "ms", "ms_80"), round(1e3 * seconds[done - 1], 1))
+        ratios = dict.fromkeys(("over_base_20", "over_base", "over_base_80"), over)
+        row = about | times | ratios | {"variant": name, "graph": device == "cuda", "rounds": 1} | environment(device)
+        rows.append({column: row.get(column) for column in COLUMNS})
+    keep(rows, (arguments.output or results_folder(device)) / "search.csv")
+
+
+def in_words(clocks: dict[str, list[float]], arguments: argparse.Namespace) -> Iterator[str]:
+    for name, seconds in clocks.items():
+        whole = f"{len(seconds) - 1} of {arguments.prunes} pruning events, {arguments.steps} steps around each"
+        yield f"search {arguments.model} {arguments.batch_size} {name}: {seconds[-1]:.1f} s for {whole}"
+    done = min(map(len, clocks.values()), default=0)
+    if len(clocks) > 1 and done:
+        first, second = (seconds[done - 1] for seconds in clocks.values())
+        yield f"search, after {done - 1} pruning events: {second / first:.1f} × the time of {next(iter(clocks))}"
+
+
+if __name__ == "__main__":
+    main()
