@@ -75,10 +75,11 @@ def measure(
             "floor_ms": None if floor is None else round(1e3 * floor, 4),
             "rounds": len(values),
         }  # fmt: skip
-        if not row["graph"]:  # a graph took its memory when it was captured; its launches are those of the plain call
+        # A graph took its memory when it was captured. Launches matter where the host's time counts, and take seconds.
+        if not row["graph"]:
             with own_row(f"{variant}: memory and launches"):
                 row["peak_bytes"] = peak_memory(runs[variant], device)
-                row["launches"] = launches(runs[variant], device)
+                row["launches"] = None if device_start else launches(runs[variant], device)
         rows.append({column: row.get(column) for column in COLUMNS} | environment(device))
         above = "" if floor is None else f"  {times['ms'] / (1e3 * floor):7.2f} × floor"
         spread = f"({over['over_base_20']:.2f} to {over['over_base_80']:.2f})"

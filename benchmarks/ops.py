@@ -27,6 +27,7 @@ from benchmarks import floors
 from benchmarks.configurations import Choice, defaults_and_others, with_defaults
 from benchmarks.floors import MODELS, Sizes
 from benchmarks.measure import (
+    GRAPH,
     ceiling_columns,
     ceilings,
     keep,
@@ -161,7 +162,7 @@ def measure_pass(
     forms = {name: form for name, form in forms.items() if name not in arguments.without}
     runs = that_run({name: partial(pass_of, form, case, which) for name, form in forms.items()}, until)
     if device == "cuda":
-        graphs = with_graphs(runs, (name for name in runs if name not in arguments.without))
+        graphs = with_graphs(runs, [name for name in runs if name + GRAPH not in arguments.without])
         runs = {name: run for name, run in graphs.items() if name not in choices or name == "triton"}
     rows = measure(runs, "folded", device, arguments.rounds, floor, about, device_start=True, until=until)
     return [row | {"configurations": json.dumps(choices.get(row["variant"], []))} for row in rows]

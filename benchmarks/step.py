@@ -77,12 +77,12 @@ UNLIKELY = -100.0  # an architecture logit whose candidate dies at the next prun
 def main() -> None:
     arguments = parse_arguments()
     device = arguments.device
-    rates = ceilings(device)
     until = time.monotonic() + arguments.seconds
     for model, batch, size in product(arguments.model, arguments.batch_size, arguments.size):
         print(f"{model}, batch {batch}, {size}, residual_mask={arguments.residual_mask}", flush=True)
         steps = that_run(make_steps(model, batch, size, arguments), until)
         until = take_turn(arguments)
+        rates = ceilings(device)
         steps = with_graphs(steps, captured(arguments))
         about = {"benchmark": "step", "subject": f"{model} {arguments.residual_mask}", "batch_size": batch}
         about |= {"size": size, "pass": "step" + beside(arguments.variants)} | ceiling_columns(rates)

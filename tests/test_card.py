@@ -244,8 +244,10 @@ def test_an_exception_in_a_captured_region(monkeypatch, capsys):
     cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     failing = iter([False] * 3 + [True])  # after the three calls that warm up
+    streams = []
 
     def run():
+        streams.append(cuda.stream)
         cuda.draw()
         if next(failing, False):
             raise AssertionError("inside the captured region")
@@ -255,6 +257,7 @@ def test_an_exception_in_a_captured_region(monkeypatch, capsys):
     assert "FAILED failing (graph): AssertionError: inside the captured region" in capsys.readouterr().out
     cuda.draw()
     assert cuda.stream is cuda.default_stream and not cuda.open_pools
+    assert len(streams) == 4 and len(set(map(id, streams))) == 1  # warmed up where it is captured
 
 
 def test_turns(monkeypatch, tmp_path):
@@ -262,10 +265,10 @@ def test_turns(monkeypatch, tmp_path):
     log = tmp_path / "log"
     turn = (
         "import sys\nprint('ready', flush=True)\nsys.stdin.readline()\n"
-        f"for word in ('begin', 'end'):\n    open({str(log)!r}, 'a').write(word + ' ')\n    time.sleep(0.2)"
+        f"for word in ('begin', 'end'):\n    open({str(log)!r}, 'a').write(word + ' ')\n    time.sleep(0.1)"
     )
     jobs = [python(str(number), turn) for number in range(3)] + [python("never ready", "time.sleep(60)")]
-    outcome = run_part(Part("turns", jobs, 15, 1, in_turns=True), 15)
+    outcome = run_part(Part("turns", jobs, 6, 1, in_turns=True), 6)
     assert log.read_text().split() == ["begin", "end"] * 3
     assert [line.split(":")[0] for line in outcome.verdicts] == ["OVERRAN turns never ready"]
 

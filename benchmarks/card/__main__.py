@@ -81,7 +81,7 @@ def run_all(parts: list[Part], seconds: float) -> Iterator[Outcome]:
     began = time.monotonic()
     for number, part in enumerate(parts):
         scale = max(1.0, seconds / USUAL_SECONDS)
-        later = sum(each.least for each in parts[number + 1 :])
+        later = sum(each.least for each in parts[number + 1 :] if not each.spare)
         left = seconds - CLOSING - (time.monotonic() - began)
         limit = min(part.most * scale, max(left - later, min(left, part.least)))
         if limit < part.least:
@@ -100,7 +100,8 @@ def collect(outcomes: list[Outcome], settings: Settings, arguments: argparse.Nam
         log.write_text("\n".join(line for outcome in outcomes for line in outcome.log) + "\n")
         propose(settings.results)
         if arguments.out is not None:
-            written = [path for path in sorted(settings.results.iterdir()) if path.stat().st_mtime >= began - 1]
+            files = sorted(path for path in settings.results.iterdir() if path.suffix in (".csv", ".json"))
+            written = [path for path in files if path.stat().st_mtime >= began - 1]
             for path in written[: MOST_COPIES - 1]:
                 shutil.copy(path, arguments.out)
     except OSError as error:

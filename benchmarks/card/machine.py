@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.measure import ceilings, environment
 from benchmarks.process import add_process_options, take_turn, verdict
+from ofb_kernels.kernels.tuning import shared_memory_of
 
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
 
@@ -27,12 +28,11 @@ def main() -> None:
     verdict(f"Python {platform.python_version()}, {versions}")
     if arguments.device == "cuda":
         verdict(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, capability {here['capability']}")
-        properties = torch.cuda.get_device_properties(0)
-        shared = properties.shared_memory_per_block_optin / 1024
-        verdict(f"{properties.multi_processor_count} multiprocessors, {shared:.0f} KiB of shared memory for a block")
         rates = ceilings("cuda")
         verdict(f"ceilings: {rates.operations / 1e12:.0f} TFLOP/s in bfloat16, {rates.bytes / 1e12:.2f} TB/s")
         verdict(smi())
+        shared, processors = shared_memory_of(0) / 1024, torch.cuda.get_device_properties(0).multi_processor_count
+        verdict(f"{processors} multiprocessors, {shared:.0f} KiB of shared memory for a block")
 
 
 def smi() -> str:

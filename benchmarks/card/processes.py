@@ -45,6 +45,7 @@ class Part:
         most: seconds it may take.
         least: seconds under which it is not worth beginning.
         in_turns: the jobs prepare at once; then one after the other measures, alone on the device.
+        spare: it takes what time is left over; no part before it is cut short for it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Part:
     most: float
     least: float
     in_turns: bool = False
+    spare: bool = False
 
 
 @dataclass

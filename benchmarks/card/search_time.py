@@ -4,7 +4,7 @@
 
 Every submodule loses its largest size at each event, so that all shapes change, as in the first half of a search. Both
 rivals run the package's own training step as a CUDA graph: once on Triton kernels, once with folded masks compiled by
-Inductor. The second one goes on as long as there is time.
+Inductor. Each has half of the time; what counts is the clock after as many events as both have behind them.
 """
 
 import argparse
@@ -30,17 +30,20 @@ def main() -> None:
     until = take_turn(arguments)
     torch._dynamo.config.recompile_limit = 10 * arguments.prunes  # the default would give up at the eighth size
     clocks: dict[str, list[float]] = {}
-    for name, (backend, compiled) in RIVALS.items():
-        if name in arguments.without:
-            continue
+    names = [name for name in RIVALS if name not in arguments.without]
+    for number, name in enumerate(names):
+        backend, compiled = RIVALS[name]
+        ends = time.monotonic() + (until - time.monotonic()) / (len(names) - number)
         with own_row(name):
             for seconds in prunes_on_the_clock(arguments, backend, compiled):
                 clocks.setdefault(name, []).append(seconds)
                 report(clocks, arguments)
-                if time.monotonic() > until:
+                print(f"{name}: {seconds:.1f} s, {len(clocks[name]) - 1} pruning events", flush=True)
+                if time.monotonic() > ends:
                     break
-    for line in in_words(clocks, arguments):
-        verdict(line)
+            verdict(in_words(name, clocks[name], arguments))
+    if len(clocks) == len(RIVALS):
+        verdict(compared(clocks))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,14 +101,15 @@ def report(clocks: dict[str, list[float]], arguments: argparse.Namespace) -> Non
     keep(rows, (arguments.output or results_folder(device)) / "search.csv")
 
 
-def in_words(clocks: dict[str, list[float]], arguments: argparse.Namespace) -> Iterator[str]:
-    for name, seconds in clocks.items():
-        whole = f"{len(seconds) - 1} of {arguments.prunes} pruning events, {arguments.steps} steps around each"
-        yield f"search {arguments.model} {arguments.batch_size} {name}: {seconds[-1]:.1f} s for {whole}"
-    done = min(map(len, clocks.values()), default=0)
-    if len(clocks) > 1 and done:
-        first, second = (seconds[done - 1] for seconds in clocks.values())
-        yield f"search, after {done - 1} pruning events: {second / first:.1f} × the time of {next(iter(clocks))}"
+def in_words(name: str, seconds: list[float], arguments: argparse.Namespace) -> str:
+    whole = f"{len(seconds) - 1} of {arguments.prunes} pruning events, {arguments.steps} steps around each"
+    return f"search {arguments.model} {arguments.batch_size} {name}: {seconds[-1]:.1f} s for {whole}"
+
+
+def compared(clocks: dict[str, list[float]]) -> str:
+    done = min(map(len, clocks.values()))
+    first, second = (seconds[done - 1] for seconds in clocks.values())
+    return f"search, after {done - 1} pruning events: {second / first:.1f} × the time of {next(iter(clocks))}"
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from benchmarks.floors import MODELS, Sizes
 from benchmarks.process import add_process_options, own_row, take_turn, verdict
-from benchmarks.step import halve, timm_model
+from benchmarks.step import halve, lowest_target, timm_model
 from ofb import SearchConfig, Supernet
 from ofb.engine.cuda_graph import WARMUP_STEPS
 from ofb.engine.optimization import Optimization, make_optimizer
 
-STEPS = WARMUP_STEPS + 4  # the last ones are replays
+REPLAYS = 4
 ALLOWED = 0.01  # of the loss: what rounding in half precision leaves after a few steps, and no wrong kernel does
 
 
@@ -49,7 +49,7 @@ def random_batch(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
 def make_supernet(model: str, device: torch.device, backend: str) -> Supernet:
     """The same one each time; nothing in its loss is drawn at random."""
     torch.manual_seed(0)
-    return Supernet(timm_model(model, drop_path_rate=0.0).to(device), target="50%", backend=backend)
+    return Supernet(timm_model(model, drop_path_rate=0.0).to(device), target=lowest_target(model), backend=backend)
 
 
 def loss_and_gradient(
@@ -87,11 +87,15 @@ def compared_in_one_line(model: str, batch: tuple[Tensor, Tensor], dtype: torch.
 def through_a_prune(arguments: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> None:
     """Ordinary steps beside captured ones, a pruning event, and steps that are captured again."""
     plain, graphed = (Search(arguments, graph) for graph in (False, True))
-    losses, others = plain.steps(batch, STEPS), graphed.steps(batch, STEPS)
+    count = WARMUP_STEPS + REPLAYS if graphed.expects_graph else 2
+    losses, others = plain.steps(batch, count), graphed.steps(batch, count)
     verdict(alike_in_one_line("graph", losses, others, graphed))
+    sizes = graphed.sizes
     for search in (plain, graphed):
         halve(search.supernet, search.optimizer)
-    losses, others = plain.steps(batch, STEPS), graphed.steps(batch, STEPS)
+    if graphed.sizes == sizes:
+        verdict("WRONG graph after a prune: no size has changed")
+    losses, others = plain.steps(batch, count), graphed.steps(batch, count)
     verdict(alike_in_one_line("graph after a prune", losses, others, graphed))
 
 
@@ -123,6 +127,10 @@ class Search:
         losses = [self.optimization.step(*batch)["loss"].item() for _ in range(count)]
         self.seconds = time.monotonic() - start
         return losses
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {name: bimask.candidates.full for name, bimask in self.supernet.bimasks.items()}
 
     @property
     def captured(self) -> bool:
