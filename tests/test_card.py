@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks import measure, process
 from benchmarks.card import __main__ as card
-from benchmarks.card import parts
+from benchmarks.card import parts, processes
 from benchmarks.card.processes import Job, Part, run_part
 from benchmarks.card.smoke import checked_in_one_line
 from benchmarks.floors import TINY, Sizes
@@ -49,7 +50,7 @@ def test_rehearsal(target, tmp_path):
     names = {"card": ["machine", "smoke", "times", "tests", "step"], "card-more": [
         "compiled steps", "other networks", "search", "memcheck", "racecheck", "compiled ops",
     ]}[target]  # fmt: skip
-    assert [line.removeprefix("-- ").rsplit(",", 1)[0] for line in lines if line.startswith("-- ")][:-1] == names
+    assert [line.removeprefix("-- ").rsplit(",", 1)[0] for line in lines if line.startswith("-- ")][1:-1] == names
     assert not any("left out" in line for line in lines), done.stdout
     copies = {path.name for path in (tmp_path / "out").iterdir()}
     expected = {
@@ -132,6 +133,24 @@ def test_crash_overrun_and_absence(in_turns, monkeypatch, tmp_path):
     assert text.splitlines()[-5] == "-- 4 wrong"
     state = Path("/proc", child.read_text(), "stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"  # killed, and perhaps not yet waited for
+
+
+def test_ctrl_c(monkeypatch, tmp_path):
+    """What was said until then is shown, nothing runs on, and no later part begins."""
+    pid = tmp_path / "pid"
+    code = f"open({str(pid)!r}, 'w').write(str(os.getpid()))\nprint('=> said', flush=True)\ntime.sleep(60)"
+
+    def interrupt(running, until):
+        while "=> said" not in running[0].lines:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "_run_together", interrupt)
+    later = Part("later", [python("third", WELL)], 5, 1)
+    code, text = run(monkeypatch, tmp_path, Part("slow", [python("slow", code)], 30, 1), later)
+    assert code == 130 and "said" in text and "later" not in text and "OVERRAN" not in text
+    assert text.splitlines()[-1] == "-- ended by Ctrl-C; what was measured until then is written"
+    assert not Path("/proc", pid.read_text()).exists()
 
 
 def test_no_time_left(monkeypatch, tmp_path):

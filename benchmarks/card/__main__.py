@@ -42,19 +42,23 @@ def main() -> int:
         return 0
     outcomes: list[Outcome] = []
     began = time.time()
-    try:
-        for outcome in run_all(parts, arguments.seconds):
-            outcomes.append(outcome)
-            collect(outcomes, settings, arguments, began)
-    except KeyboardInterrupt:
-        print("ended by Ctrl-C; what was measured so far is written", flush=True)
+    for outcome in run_all(parts, arguments.seconds):
+        outcomes.append(outcome)
+        collect(outcomes, settings, arguments, began)
+        if outcome.interrupted:
+            break
+    if settings.rehearsal:
+        print("-- a rehearsal on a CPU: its times mean nothing")
     print(summary(outcomes))
+    if outcomes[-1].interrupted:
+        print("-- ended by Ctrl-C; what was measured until then is written")
+        return 130
     return 1 if any(line.startswith(BAD) for outcome in outcomes for line in outcome.verdicts) else 0
 
 
 def parse_arguments() -> argparse.Namespace:
     variables = os.environ
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.card", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", choices=list(RUNS), help="which of the two runs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=variables.get("DEVICE") or "cuda", help="DEVICE")
     seconds = variables.get("SECONDS_IN_ALL") or USUAL_SECONDS
@@ -123,7 +127,7 @@ def summary(outcomes: list[Outcome]) -> str:
     closing = [f"-- {len(bad)} wrong" if bad else "-- nothing wrong", *bad[:MOST_REPEATED]]
     for most in range(MOST_LINES, 0, -1):  # of a part
         lines = [line for outcome in outcomes for line in _shown(outcome, most)]
-        if len(lines) + len(closing) + len(outcomes) <= MOST_LINES:  # each part has a line of progress before
+        if len(lines) + len(closing) + len(outcomes) + 2 <= MOST_LINES:  # progress comes before, and notes around them
             break
     return "\n".join([*lines, *closing])
 

@@ -106,12 +106,15 @@ def more(settings: Settings) -> list[Part]:
     short = ["--batch-size", "2", "--prunes", "1", "--steps", "1"] if settings.rehearsal else []
     search = settings.module("search", "benchmarks.card.search_time", *settings.model, *settings.into, *short)
     compiled_ops = [_times(settings, op) for op in settings.ops]
+    memcheck, racecheck = (
+        [_sanitized(settings, tool, op) for op in settings.ops] for tool in ("memcheck", "racecheck")
+    )
     return [
         Part("compiled steps", beside, most=160, least=60, in_turns=True),
         Part("other networks", [*base, half], most=45, least=20, in_turns=True),
         Part("search", [search], most=100, least=20, in_turns=True),
-        Part("memcheck", [_sanitized(settings, "memcheck", op) for op in settings.ops], most=60, least=35),
-        Part("racecheck", [_sanitized(settings, "racecheck", op) for op in settings.ops], most=60, least=35, spare=True),
+        Part("memcheck", memcheck, most=60, least=35),
+        Part("racecheck", racecheck, most=60, least=35, spare=True),
         Part("compiled ops", compiled_ops, most=100, least=50, in_turns=True, spare=True),
     ]
 

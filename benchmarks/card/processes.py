@@ -58,27 +58,31 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What came of a part: its verdicts, every line that was printed, seconds."""
+    """What came of a part: its verdicts, every line that was printed, seconds, and whether Ctrl-C ended it."""
 
     name: str
     verdicts: list[str]
     log: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    interrupted: bool = False
 
 
 def run_part(part: Part, limit: float) -> Outcome:
-    """Run a part within so many seconds; no process of it is left when this returns or raises."""
-    began = time.monotonic()
+    """Run a part within so many seconds; no process of it is left afterwards, whatever happens."""
+    began, interrupted = time.monotonic(), False
     running: list[Running] = []
     try:
-        running += [Running(job) for job in part.jobs]
+        for job in part.jobs:
+            running.append(Running(job))
         (_take_turns if part.in_turns else _run_together)(running, began + limit)
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         for each in running:
             each.end()
-    verdicts = [line for each in running for line in each.verdicts(part.name)]
+    verdicts = [line for each in running for line in each.verdicts(part.name, interrupted)]
     log = [line for each in running for line in (f"== {part.name} {each.job.name}", *each.lines)]
-    return Outcome(part.name, verdicts, log, time.monotonic() - began)
+    return Outcome(part.name, verdicts, log, time.monotonic() - began, interrupted)
 
 
 def _run_together(running: "list[Running]", until: float) -> None:
@@ -150,11 +154,13 @@ class Running:
             pass
         self.process.wait()
 
-    def verdicts(self, part: str) -> list[str]:
-        """What its lines say, and what its end says."""
+    def verdicts(self, part: str, interrupted: bool) -> list[str]:
+        """What its lines say, and what its end says unless the user ended it."""
         code = None if self.process is None or self.ended else self.process.returncode
         said, last = self.job.read(self.lines, code), next((line for line in reversed(self.lines) if line.strip()), "")
-        if self.ended:
+        if self.ended and interrupted:
+            pass
+        elif self.ended:
             said = [*said, f"OVERRAN {part} {self.job.name}: ended; its last line: {last}"]
         elif code is None or code < 0:
             how = "not started" if code is None else f"by signal {-code}"
