@@ -23,6 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from ofb_kernels import dispatch
+from ofb_kernels.kernels import tuning
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", ".f64")  # looked for in the PTX
 KIB = 1024
@@ -136,6 +139,29 @@ def launches(arch: int, count: bool = False) -> Iterator[Recorder]:
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", recorder.before_compilation),
     ):
         yield recorder
+
+
+@contextmanager
+def cpu_as_gpu() -> Iterator[None]:
+    """Inside, CPU tensors pass for those of a GPU, in the dtypes that a GPU takes."""
+    with (
+        mock.patch.object(dispatch, "INTERPRETED", True),
+        mock.patch.object(dispatch, "_INTERPRETED_DTYPES", dispatch._CUDA_DTYPES),
+    ):
+        yield
+
+
+@contextmanager
+def every_configuration() -> Iterator[None]:
+    """Inside, a kernel is launched in every configuration that is shipped for it, not in the chosen one alone."""
+
+    def choose_each(kernel, candidates, sizes, like, launch):
+        for configuration in candidates[1:]:
+            launch(configuration)
+        return candidates[0]
+
+    with mock.patch.object(tuning, "choose", choose_each):
+        yield
 
 
 def figures_of(kernel, arch: int) -> dict:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.compile_only import Recorder
+from benchmarks.compile_only import Recorder, every_configuration
 from benchmarks.floors import SIZES, TINY, Sizes
 from ofb_kernels.kernels import (
     bimask,
@@ -21,7 +20,6 @@ from ofb_kernels.kernels import (
     masked_layer_norm,
     masked_linear,
     masked_mlp,
-    tuning,
 )
 from ofb_kernels.ops.masked_linear import ACTIVATIONS
 
@@ -314,13 +312,7 @@ LAUNCHES: dict[str, Callable[[Precision], Iterator[str]]] = {
 
 def run_shapes(op: str, precision: str, recorder: Recorder) -> None:
     """Every launch of one op in one precision, each in every shipped configuration."""
-
-    def choose_each(kernel, candidates, sizes, like, launch, *_):
-        for configuration in candidates[1:]:
-            launch(configuration)
-        return candidates[0]
-
-    with mock.patch.object(tuning, "choose", choose_each), _allow_tf32(PRECISIONS[precision].tf32):
+    with every_configuration(), _allow_tf32(PRECISIONS[precision].tf32):
         for label in LAUNCHES[op](PRECISIONS[precision]):
             recorder.source = f"{op} {precision}: {label}"
 

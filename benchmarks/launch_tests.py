@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.compile_only import Recorder
+from benchmarks.compile_only import Recorder, cpu_as_gpu
 from ofb_kernels import dispatch, testing
 from tests import common
 
@@ -34,8 +34,7 @@ MODULES = (
 def run_tests(module: str, recorder: Recorder) -> None:
     """Every launch of tests/test_<module>.py; those of other backends than triton make none and are left out."""
     patches = [
-        mock.patch.object(dispatch, "INTERPRETED", True),
-        mock.patch.object(dispatch, "_INTERPRETED_DTYPES", dispatch._CUDA_DTYPES),
+        cpu_as_gpu(),
         mock.patch.object(common, "dtypes_of", _dtypes_of),
         mock.patch.object(testing, "check_op", _launch_op),
         mock.patch.object(testing, "assert_accurate", lambda *_: None),

@@ -120,9 +120,15 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def cases(sizes: Sizes, device: str) -> Iterator[Case]:
-    """Every op at these sizes, as in a search step: activations in autocast's dtype, masks and stream in float32."""
-    low = torch.bfloat16 if device == "cuda" else torch.float32
+def cases(sizes: Sizes, device: str, low: torch.dtype | None = None) -> Iterator[Case]:
+    """Every op at these sizes, as in a search step: activations in autocast's dtype, masks and stream in float32.
+
+    Args:
+        sizes: of the network.
+        device: "cpu" or "cuda".
+        low: the activations' dtype; bfloat16 on a GPU and float32 on a CPU if None.
+    """
+    low = low or (torch.bfloat16 if device == "cuda" else torch.float32)
     batch, tokens, width, hidden = sizes.batch, sizes.tokens, sizes.width, sizes.hidden
 
     def random(*shape: int, dtype: torch.dtype = low) -> Tensor:

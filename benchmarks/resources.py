@@ -1,6 +1,6 @@
-"""What every kernel takes of a GPU in every launch of a list and of the op tests, found by compiling it without a GPU.
+"""What every kernel takes of a GPU in every launch of a list, of a run on a card and of the op tests: no GPU is needed.
 
-    python -m benchmarks.resources [--arch 90] [--launches shapes tests] [--processes 2] [--json]
+    python -m benchmarks.resources [--arch 90] [--launches card shapes tests] [--processes 2] [--json]
     python -m benchmarks.resources --count          # how many specialisations there are, without compiling one
 
 Triton's cache on disk keeps what was compiled: a second run takes seconds.
@@ -18,12 +18,12 @@ from multiprocessing import get_context
 
 from benchmarks.compile_only import MULTIPROCESSORS, Compiled, launches
 
-KINDS = ("shapes", "tests")
+KINDS = ("card", "shapes", "tests")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one process compiles at a time: one op in one precision at the shapes, or one module of tests."""
+    """What one process compiles at a time: one op in one precision at the shapes, one module of tests."""
 
     kind: str
     names: tuple[str, ...]
@@ -31,20 +31,23 @@ class Piece:
     count: bool
 
     def run(self) -> list[Compiled]:
+        from benchmarks.launch_card import run_card
         from benchmarks.launch_shapes import run_shapes
         from benchmarks.launch_tests import run_tests
 
         with launches(self.arch, self.count) as recorder:
-            {"shapes": run_shapes, "tests": run_tests}[self.kind](*self.names, recorder)
+            {"shapes": run_shapes, "card": run_card, "tests": run_tests}[self.kind](*self.names, recorder)
         return list(recorder.compiled.values())
 
 
 def pieces(kinds: list[str], arch: int, count: bool) -> Iterator[Piece]:
+    from benchmarks.launch_card import RUNS
     from benchmarks.launch_shapes import LAUNCHES, PRECISIONS
     from benchmarks.launch_tests import MODULES
 
     names = {
         "shapes": [(op, precision) for op in LAUNCHES for precision in PRECISIONS],
+        "card": [(run,) for run in RUNS],
         "tests": [(module,) for module in MODULES],
     }
     return (Piece(kind, each, arch, count) for kind in kinds for each in names[kind])

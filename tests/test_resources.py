@@ -1,6 +1,6 @@
 """Every kernel launch compiled for sm_90: it fits the GPU, stays in registers, uses its units.
 
-The launches are those of benchmarks/launch_shapes.py, in every shipped configuration, and those of the op tests.
+The launches are those of benchmarks/launch_shapes.py, of a run on a card and of the op tests.
 Triton's cache on disk keeps what it compiled: only the first run takes minutes. `make compile-sweep` does other
 architectures.
 """
@@ -106,7 +106,7 @@ def shipped_configurations(module) -> Iterator[dict]:
 
 
 def label_of(row: dict) -> str:
-    """The label of a launch in benchmarks/launch_shapes.py, or that it is one of the op tests'."""
+    """The label of a launch in benchmarks/launch_shapes.py or launch_card.py, or that it is one of the op tests'."""
     return OP_TESTS if row["source"].startswith("tests/") else row["source"].split(": ")[1]
 
 
@@ -133,6 +133,11 @@ def test_no_kernel_is_forgotten(compiled):
         if name.endswith("_kernel")
     }
     assert kernels == {row["kernel"] for row in compiled}
+
+
+def test_a_run_on_a_card_launches_every_kernel(compiled):
+    on_a_card = {row["kernel"] for row in compiled if " on a card: " in row["source"]}
+    assert on_a_card == {row["kernel"] for row in compiled}
 
 
 def test_no_configuration_is_forgotten(compiled):
@@ -196,7 +201,7 @@ def test_two_blocks_hide_each_others_latency(compiled):
 
 def test_the_timed_sizes_are_read_in_full_width(compiled):
     """16 bytes a thread: what sizes that are no multiples of 16 do without."""
-    timed = [row for row in compiled if row["source"].endswith(": timed") and row["kernel"] in PRODUCT_KERNELS]
+    timed = [row for row in compiled if label_of(row) == "timed" and row["kernel"] in PRODUCT_KERNELS]
     assert {row["kernel"] for row in timed} == PRODUCT_KERNELS - {"masked_attention._backward_bias_kernel"}
     assert [row for row in timed if row["access"] < 16] == []
 
