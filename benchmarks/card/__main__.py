@@ -25,7 +25,7 @@ from benchmarks.decide import propose
 from benchmarks.measure import results_folder
 
 LOGS = Path("build/card")
-CLOSING = 4.0  # seconds for the summary
+OVERHEAD = 10.0  # seconds to start and for the summary
 MOST_LINES = 150
 MOST_COPIES = 8  # the log is one of them
 MOST_REPEATED = 15  # of what is wrong, at the end
@@ -86,7 +86,7 @@ def run_all(parts: list[Part], seconds: float) -> Iterator[Outcome]:
     for number, part in enumerate(parts):
         scale = max(1.0, seconds / USUAL_SECONDS)
         later = sum(each.least for each in parts[number + 1 :] if not each.spare)
-        left = seconds - CLOSING - (time.monotonic() - began)
+        left = seconds - OVERHEAD - (time.monotonic() - began)
         limit = min(part.most * scale, max(left - later, min(left, part.least)))
         if limit < part.least:
             yield Outcome(part.name, [f"left out: {part.name}, {left:.0f} s were left and it takes {part.least:.0f}"])
@@ -142,7 +142,7 @@ def _shown(outcome: Outcome, most: int) -> list[str]:
 
 def _usual_results(device: str) -> Path:
     """Where results belong; those of a rehearsal mean nothing and stay out of the repository."""
-    return LOGS / "rehearsal" if device == "cpu" else results_folder(device)
+    return results_folder(device) if device == "cuda" and torch.cuda.is_available() else LOGS / "rehearsal"
 
 
 def _listed(names: str) -> list[str]:

@@ -83,7 +83,7 @@ def save_checkpoint(folder: str | Path, stage: str, step: int, state: Mapping[st
     Args:
         folder: made if it does not exist.
         stage: what the state belongs to, part of the file's name.
-        step: the larger, the newer.
+        step: the larger, the newer; no two states have the same.
         state: of tensors, numbers, strings, None, and lists and dicts of them; tuples come back as lists.
         keep: checkpoints of this stage to keep, at least 1.
 

@@ -152,8 +152,10 @@ class Stage:
             "config": to_dict(self.config),
             "code": code_versions(),
         }
-        folder, step = Path(self.config.output) / CHECKPOINT_FOLDER, self.epoch * self.steps_per_epoch + self.batches
-        save_checkpoint(folder, self.name, step, state, self.config.keep_checkpoints)
+        # An epoch that ended is newer than its last batch: otherwise chance decides which of the two is resumed from.
+        place = self.epoch * (self.steps_per_epoch + 1) + self.batches
+        folder = Path(self.config.output) / CHECKPOINT_FOLDER
+        save_checkpoint(folder, self.name, place, state, self.config.keep_checkpoints)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         for name, part in self.parts.items():
