@@ -42,7 +42,7 @@ demo: $(STAMP)  ## train, search and export a small ViT on real images: under 5 
 
 test: $(STAMP)  ## lint and every test: under 15 minutes on two cores
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 compile-sweep: $(STAMP)  ## compile every kernel launch of tests and benchmarks for every architecture: an hour, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resources --arch 80 86 89 90 100 120

@@ -180,7 +180,6 @@ def test_supernet_of_another_length(loaders):
 
 def test_latency_is_measured_once(tmp_path, monkeypatch):
     """The table lies in the run folder, from where the same run or another one takes it."""
-    monkeypatch.setattr("ofb.supernet.latency.TIMED_RUNS", 1)
     table = ofb.measure_latency(tiny_vit())
     path = tmp_path / "latency.json"
     path.write_text(json.dumps(table.to_dict()))

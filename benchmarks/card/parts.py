@@ -87,7 +87,7 @@ def first(settings: Settings) -> list[Part]:
     steps = [_step(settings, f"batch {batch}", "--batch-size", batch, *variants) for batch in batches]
     few = ["--batch-size", "2"] if settings.rehearsal else ["--batch-size", "16"]
     checked = settings.module("gradients and graph", "benchmarks.card.supernet_step", *settings.model, *few)
-    times = [_times(settings, op, "--no-compile") for op in settings.ops]
+    times = [_times(settings, op, "--no-compile", "--size", "full", "pruned") for op in settings.ops]
     return [
         Part("machine", [settings.module("machine", "benchmarks.card.machine")], most=40, least=5),
         Part("smoke", smoke, most=75, least=20),
@@ -105,7 +105,7 @@ def more(settings: Settings) -> list[Part]:
     half = _step(settings, "half", "--size", "half", "--variants", "dense", "folded", "triton")
     short = ["--batch-size", "2", "--prunes", "1", "--steps", "1"] if settings.rehearsal else []
     search = settings.module("search", "benchmarks.card.search_time", *settings.model, *settings.into, *short)
-    compiled_ops = [_times(settings, op) for op in settings.ops]
+    compiled_ops = [_times(settings, op, "--size", "full") for op in settings.ops]
     memcheck, racecheck = (
         [_sanitized(settings, tool, op) for op in settings.ops] for tool in ("memcheck", "racecheck")
     )
@@ -121,8 +121,8 @@ def more(settings: Settings) -> list[Part]:
 
 def _times(settings: Settings, op: str, *options: str) -> Job:
     few = ["--batch-size", "2", "--rounds", "1"] if settings.rehearsal else []
-    usual = ["--quick", "--size", "full", "pruned", *settings.model, *settings.into, *few]
-    return settings.module(op, "benchmarks.ops", "--op", op, *usual, *options)
+    usual = ["--op", op, "--quick", *settings.model, *settings.into, *few]
+    return settings.module(op, "benchmarks.ops", *usual, *options)
 
 
 def _step(settings: Settings, name: str, *options: str) -> Job:
