@@ -105,7 +105,8 @@ def _table(rows: Iterable[Row]) -> Iterator[str]:
     for row in rows:
         graph = ", CUDA graph" if row["graph"] == "True" else ""
         over = f"{float(row['over_base']):.2f} ({float(row['over_base_20']):.2f} to {float(row['over_base_80']):.2f})"
-        cells = [row["variant"] + graph, over, f"{float(row['ms']):.3g}"]
+        ms = float(row["ms"])
+        cells = [row["variant"] + graph, over, f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"]
         if on_gpu:
             floor = f"{float(row['ms']) / float(row['floor_ms']):.2f}" if row["floor_ms"] else ""
             memory = f"{int(row['peak_bytes']) / 2**20:.0f}" if row["peak_bytes"] else ""
