@@ -81,7 +81,8 @@ class Settings:
 
 def first(settings: Settings) -> list[Part]:
     """Right, then fast: everything that needs no compiler but Triton's."""
-    smoke = [settings.module(op, "benchmarks.card.smoke", op, *settings.model) for op in ALL_OPS]
+    checked_ops = ("bimask", *settings.ops) if settings.rehearsal else ALL_OPS  # bimask is checked in another way
+    smoke = [settings.module(op, "benchmarks.card.smoke", op, *settings.model) for op in checked_ops]
     batches = ["2"] if settings.rehearsal else ["256", "64"]
     variants = ["--variants", "dense", "folded", "triton"]
     steps = [_step(settings, f"batch {batch}", "--batch-size", batch, *variants) for batch in batches]
