@@ -12,7 +12,7 @@ them.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -164,8 +164,7 @@ def measure_pass(
 ) -> list[dict]:
     """A row for each form of one pass of an op that runs here; the triton ones say in which configurations."""
     device = arguments.device
-    forms, choices = forms_of(case, which, device, compiled=not arguments.no_compile)
-    forms = {name: form for name, form in forms.items() if name not in arguments.without}
+    forms, choices = forms_of(case, which, device, not arguments.no_compile, arguments.without)
     runs = that_run({name: partial(pass_of, form, case, which) for name, form in forms.items()}, until)
     if device == "cuda":
         graphs = with_graphs(runs, [name for name in runs if name + GRAPH not in arguments.without])
@@ -174,12 +173,17 @@ def measure_pass(
     return [row | {"configurations": json.dumps(choices.get(row["variant"], []))} for row in rows]
 
 
-def forms_of(case: Case, which: str, device: str, compiled: bool) -> tuple[dict[str, Form], dict[str, list[Choice]]]:
-    """Each form of the op, forward, as a function without arguments; and the configurations of the triton ones."""
+def forms_of(
+    case: Case, which: str, device: str, compiled: bool, without: Collection[str] = ()
+) -> tuple[dict[str, Form], dict[str, list[Choice]]]:
+    """Each form of the op, forward, as a function without arguments; and the configurations of the triton ones.
+
+    What is left out is not called either, not even to see its configurations: it may have made the device unusable.
+    """
     reference, folded, triton = (partial(case.run, backend) for backend in ("reference", "eager", "triton"))
     forms: dict[str, Form] = {"folded": folded}
     choices: dict[str, list[Choice]] = {}
-    if device == "cuda" or INTERPRETED:
+    if (device == "cuda" or INTERPRETED) and "triton" not in without:
         with own_row("triton"):
             choices = configurations_of(triton, case, which)
             forms["triton"] = with_defaults(triton)
@@ -190,7 +194,7 @@ def forms_of(case: Case, which: str, device: str, compiled: bool) -> tuple[dict[
     if compiled:
         rivals = {"folded": folded, "reference": reference}
         forms |= {f"{name} + compile": torch.compile(form, dynamic=False) for name, form in rivals.items()}
-    return forms, choices
+    return {name: form for name, form in forms.items() if name not in without}, choices
 
 
 def configurations_of(triton: Form, case: Case, which: str) -> dict[str, list[Choice]]:

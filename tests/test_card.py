@@ -15,10 +15,10 @@ from benchmarks import measure, process
 from benchmarks.card import __main__ as card
 from benchmarks.card import estimate, parts, processes
 from benchmarks.card.processes import Job, Part, run_part
-from benchmarks.card.smoke import checked_in_one_line
+from benchmarks.card.smoke import checked_in_one_line, launch_others
 from benchmarks.floors import TINY, Sizes
 from benchmarks.measure import read_csv
-from benchmarks.ops import cases
+from benchmarks.ops import Case, cases, forms_of
 from tests.fake_cuda import FakeCuda
 
 ROOT = Path(__file__).parents[1]
@@ -267,6 +267,23 @@ def test_an_unusable_device_begins_again_without_the_variant(monkeypatch, capsys
     with process.own_row("triton (graph)"):
         refuse()
     assert begun == [[sys.executable, "-m", "benchmarks.ops", "--device", "cuda", "--without", "triton (graph)"]]
+
+
+def test_what_is_left_out_is_not_called():
+    """Neither timed nor launched to see its configurations: else the command would begin again for ever."""
+
+    class Unusable(Case):
+        def run(self, backend):
+            assert backend != "triton", "called"
+            return super().run(backend)
+
+    found = next(case for case in cases(Sizes(2, **TINY), "cpu") if case.op == "masked_mlp")
+    case = Unusable(found.op, found.inputs, found.options)
+    forms, choices = forms_of(case, "both", "cpu", compiled=False, without=["triton"])
+    assert list(forms) == ["folded", "reference"] and choices == {}
+    launch_others(case, "full", ["masked_mlp full"])
+    with pytest.raises(AssertionError, match="called"):
+        case.run("triton")
 
 
 def test_an_exception_in_a_captured_region(monkeypatch, capsys):

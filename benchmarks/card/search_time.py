@@ -81,6 +81,8 @@ def prunes_on_the_clock(arguments: argparse.Namespace, backend: str, compiled: b
         for _ in range(arguments.steps):
             optimization.step(images, targets)
         synchronize()
+        if on_gpu and (optimization.graph is None or optimization.graph.graph is None):
+            raise RuntimeError("the step could not be captured: its time would not be that of a graph")
         yield time.monotonic() - start
 
 

@@ -9,6 +9,7 @@ are timed later: what does not compile or fit shows here, and the compiler's cac
 
 import argparse
 import time
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def main() -> None:
     for size in sizes_of_name:
         case = case_of(arguments.op, Sizes(launched, **MODELS[arguments.model]).named(size), arguments.device)
         if time.monotonic() < until:
-            launch_others(case, size)
+            launch_others(case, size, arguments.without)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,14 +115,18 @@ def check_result(joined, inputs: dict[str, Tensor], options: dict, backend: str)
     return max(shares)
 
 
-def launch_others(case: Case, size: str) -> None:
+def launch_others(case: Case, size: str, without: Collection[str]) -> None:
     """Every shipped configuration of the op's kernels once, forward and backward."""
-    triton = pass_of(lambda: case.run("triton"), case, "both" if case.leaves() else "forward")
-    with own_row(f"{case.op} {size}"):
+    name = f"{case.op} {size}"
+    if name in without:
+        return
+    with own_row(name):
+        triton = pass_of(lambda: case.run("triton"), case, "both" if case.leaves() else "forward")
         for choice in defaults_and_others(triton)[1]:
-            with own_row(f"{case.op} {size} {choice}"):
-                with_defaults(triton, choice)()
-                synchronize()
+            if f"{name} {choice}" not in without:
+                with own_row(f"{name} {choice}"):
+                    with_defaults(triton, choice)()
+                    synchronize()
 
 
 if __name__ == "__main__":
