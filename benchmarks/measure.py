@@ -79,7 +79,9 @@ def measure(
         if not row["graph"]:
             with own_row(f"{variant}: memory and launches"):
                 row["peak_bytes"] = peak_memory(runs[variant], device)
-                row["launches"] = None if device_start else launches(runs[variant], device)
+                launched = {} if device_start else launches(runs[variant], device)
+                row["launches"] = sum(map(len, launched.values())) or None
+                print(heaviest(launched), end="", flush=True)
         rows.append({column: row.get(column) for column in COLUMNS} | environment(device))
         above = "" if floor is None else f"  {times['ms'] / (1e3 * floor):7.2f} × floor"
         spread = f"({over['over_base_20']:.2f} to {over['over_base_80']:.2f})"
@@ -193,14 +195,24 @@ def peak_memory(run: Run, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def launches(run: Run, device: str) -> int | None:
-    """Kernels, copies and fills that one call puts on the GPU; None on a CPU."""
+def launches(run: Run, device: str) -> dict[str, list[float]]:
+    """What one call puts on the GPU, by name: the microseconds of each kernel, copy and fill; nothing on a CPU."""
     if device != "cuda":
-        return None
+        return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    launched: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            launched.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    return launched
+
+
+def heaviest(launched: Mapping[str, list[float]], most: int = 40) -> str:
+    """Lines for the names that took longest in all: microseconds, launches, name."""
+    ranked = sorted(launched.items(), key=lambda item: -sum(item[1]))
+    return "".join(f"    {sum(each):10.0f} us  {len(each):5} launches  {name[:120]}\n" for name, each in ranked[:most])
 
 
 def ceilings(device: str) -> Rates | None:

@@ -11,7 +11,19 @@ import torch
 import ofb_kernels
 from benchmarks import floors, page, scaling
 from benchmarks.floors import SIZES, TINY, Rates, Sizes
-from benchmarks.measure import COLUMNS, ROOT, interleave, measure, quantiles, ratio_to, read_csv, that_run, write_csv
+from benchmarks.measure import (
+    COLUMNS,
+    ROOT,
+    heaviest,
+    interleave,
+    launches,
+    measure,
+    quantiles,
+    ratio_to,
+    read_csv,
+    that_run,
+    write_csv,
+)
 from benchmarks.ops import PASSES, cases, forms_of, pass_of
 from benchmarks.step import VARIANTS, halve, make_network, make_step, make_steps
 from ofb import Supernet
@@ -128,3 +140,12 @@ def test_scaling_times_each_step():
     arguments = Namespace(device="cpu", batch_size=2, amp=False, model="vit_tiny_patch16_224", steps=2)
     seconds = scaling.step_seconds(arguments)
     assert len(seconds) == 2 and min(seconds) > 0
+
+
+def test_heaviest_kernels_first():
+    launched = {"copy": [1.0], "product": [40.0, 41.0], "norm": [5.0] * 3}
+    lines = heaviest(launched, most=2).splitlines()
+    assert [line.split() for line in lines] == [
+        ["81", "us", "2", "launches", "product"], ["15", "us", "3", "launches", "norm"]
+    ]  # fmt: skip
+    assert heaviest(launches(lambda: None, "cpu")) == ""

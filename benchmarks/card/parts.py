@@ -30,7 +30,7 @@ ATTENTION = "tests/test_masked_attention.py"
 TESTS = {
     **{name: (f"tests/test_{name}.py",) for name in (
         "bimask", "masked_linear", "masked_mlp", "masked_layer_norm", "masked_add_layer_norm", "local_norm",
-        "dispatch", "nn", "deit_shapes", "tuning", "cuda_graph",
+        "dispatch", "nn", "deit_shapes", "tuning", "cuda_graph", "resume_on_a_gpu",
     )},
     "attention, head widths": (ATTENTION, "-k", "every_head_dim"),
     "attention, shapes": (ATTENTION, "-k", "any_shape and not every_head_dim"),
@@ -84,7 +84,7 @@ def first(settings: Settings) -> list[Part]:
     checked_ops = ("bimask", *settings.ops) if settings.rehearsal else ALL_OPS  # bimask is checked in another way
     smoke = [settings.module(op, "benchmarks.card.smoke", op, *settings.model) for op in checked_ops]
     batches = ["2"] if settings.rehearsal else ["256", "64"]
-    variants = ["--variants", "dense", "folded", "triton"]
+    variants = ["--variants", "dense", "folded", "triton", "reference"]
     steps = [_step(settings, f"batch {batch}", "--batch-size", batch, *variants) for batch in batches]
     few = ["--batch-size", "2"] if settings.rehearsal else ["--batch-size", "16"]
     checked = settings.module("gradients and graph", "benchmarks.card.supernet_step", *settings.model, *few)
