@@ -323,10 +323,11 @@ def _seconds_of(run: Run, device: str, device_start: bool) -> float:
 
 @functools.cache
 def commit() -> str:
-    """Of the checkout; where git or its history is not at hand, what the variable COMMIT says."""
+    """Of the checkout, or what the variable COMMIT says: a copy may have no history, or another one."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     try:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        found = git.stdout.strip() if git.returncode == 0 else ""
     except OSError:
-        found = ""
-    return found or os.environ.get("COMMIT", "")
+        return ""
+    return git.stdout.strip() if git.returncode == 0 else ""

@@ -30,9 +30,13 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 def take_turn(arguments: argparse.Namespace) -> float:
     """`time.monotonic()` at which measuring has to end, after waiting for the turn where there are turns."""
+    if arguments.device == "cuda":
+        torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda"))  # it takes seconds to begin to compute
+        synchronize()
     if arguments.turn and _TURN_ENDS not in os.environ:  # a command that begins again goes on with its turn
         print(READY, flush=True)
-        os.environ[_TURN_ENDS] = str(time.monotonic() + float(sys.stdin.readline() or 0))
+        seconds = float(sys.stdin.readline() or 0)  # it waits here, so the clock is read afterwards
+        os.environ[_TURN_ENDS] = str(time.monotonic() + seconds)
     turn_ends = float(os.environ.get(_TURN_ENDS, math.inf)) if arguments.turn else math.inf
     return min(time.monotonic() + arguments.seconds, turn_ends)
 

@@ -96,7 +96,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
         bias = bias.to(q.dtype)
         if len(bias) > 1:  # a copy for each sequence costs less than the copies of q, k and v that 5 dimensions take
             bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
-    if q.shape[1] == 0:  # without heads SDPA ends the process on a CPU: torch 2.11 divides by their number
+    # torch 2.11: without heads SDPA ends the process on a CPU, and on a GPU it keeps nothing for the bias's gradient
+    # where no other is asked for.
+    bias_alone = bias is not None and bias.requires_grad and not any(each.requires_grad for each in (q, k, v))
+    if q.shape[1] == 0 or bias_alone:
         scores = q @ k.mT * scale if bias is None else q @ k.mT * scale + bias
         return (scores.softmax(-1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)

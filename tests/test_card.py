@@ -1,11 +1,13 @@
 """The run on a card: rehearsed on a CPU, and held against processes that crash, hang, and find no space."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,24 @@ def test_wrong_op(monkeypatch):
     assert line.startswith("WRONG masked_layer_norm full float32") and "exceeds the bound" in line
     monkeypatch.setattr(ofb_kernels, "masked_layer_norm", None)
     assert checked_in_one_line(case, "full", torch.float32).startswith("FAILED masked_layer_norm full float32: Type")
+
+
+# ---- turns ----
+
+
+def test_a_turn_begins_when_it_is_told(monkeypatch):
+    """Not when the process was ready: it may have waited for long."""
+
+    class Told:
+        def readline(self):
+            time.sleep(0.3)
+            return "5\n"
+
+    monkeypatch.setenv(process._TURN_ENDS, "")
+    monkeypatch.delenv(process._TURN_ENDS)
+    monkeypatch.setattr(sys, "stdin", Told())
+    until = process.take_turn(Namespace(turn=True, device="cpu", seconds=math.inf))
+    assert until - time.monotonic() > 4.9
 
 
 # ---- a failed variant costs its own row ----

@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ofb
+from ofb.engine import stage
 from ofb.engine.config import SearchConfig
 from tests.common import assert_same_training
 from tests.test_search import OPTIONS, fresh_supernet
-from tests.test_train import assert_same_weights, interrupt_after
+from tests.test_train import assert_same_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -43,9 +44,14 @@ def straight_and_resumed(folder: Path, **options) -> tuple[nn.Module, nn.Module]
     def config(run: str, **more) -> SearchConfig:
         return SearchConfig(**options | more, output=str(folder / run))
 
-    straight = searched(config("straight"))
+    def stop_there(self, losses):
+        stepped(self, losses)
+        if (self.epoch, self.batches) == (1, 2):
+            raise KeyboardInterrupt
+
+    straight, stepped = searched(config("straight")), stage.Stage.stepped
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patched, ofb.engine.search, 1)
+        patched.setattr(stage.Stage, "stepped", stop_there)
         searched(config("resumed"))
     return straight, searched(config("resumed", resume=True))
 
