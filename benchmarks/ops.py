@@ -165,7 +165,14 @@ def measure_pass(
     """A row for each form of one pass of an op that runs here; the triton ones say in which configurations."""
     device = arguments.device
     forms, choices = forms_of(case, which, device, not arguments.no_compile, arguments.without)
-    runs = that_run({name: partial(pass_of, form, case, which) for name, form in forms.items()}, until)
+
+    def make(name: str) -> Form:
+        run = pass_of(forms[name], case, which)
+        if name not in choices:
+            return run
+        return with_defaults(run, *choices[name] if name != "triton" else ())
+
+    runs = that_run({name: partial(make, name) for name in forms}, until)
     if device == "cuda":
         graphs = with_graphs(runs, [name for name in runs if name + GRAPH not in arguments.without])
         runs = {name: run for name, run in graphs.items() if name not in choices or name == "triton"}
@@ -176,7 +183,7 @@ def measure_pass(
 def forms_of(
     case: Case, which: str, device: str, compiled: bool, without: Collection[str] = ()
 ) -> tuple[dict[str, Form], dict[str, list[Choice]]]:
-    """Each form of the op, forward, as a function without arguments; and the configurations of the triton ones.
+    """Each form of the op, forward, as a function without arguments; and the configurations to run the triton ones in.
 
     What is left out is not called either, not even to see its configurations: it may have made the device unusable.
     """
@@ -186,8 +193,7 @@ def forms_of(
     if (device == "cuda" or INTERPRETED) and "triton" not in without:
         with own_row("triton"):
             choices = configurations_of(triton, case, which)
-            forms["triton"] = with_defaults(triton)
-            forms |= {name: with_defaults(triton, *chosen) for name, chosen in choices.items() if name != "triton"}
+            forms |= dict.fromkeys(choices, triton)
     if case.op == "masked_attention" and device == "cuda":
         forms |= {name: on_sdpa(case, sdpa) for name, sdpa in SDPA_BACKENDS.items()}
     forms["reference"] = reference

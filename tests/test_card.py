@@ -20,7 +20,8 @@ from benchmarks.card.processes import Job, Part, run_part
 from benchmarks.card.smoke import checked_in_one_line, launch_others
 from benchmarks.floors import TINY, Sizes
 from benchmarks.measure import read_csv
-from benchmarks.ops import Case, cases, forms_of
+from benchmarks.ops import Case, cases, forms_of, measure_pass
+from ofb_kernels.kernels import masked_linear
 from tests.fake_cuda import FakeCuda
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +305,31 @@ def test_what_is_left_out_is_not_called():
     launch_others(case, "full", ["masked_mlp full"])
     with pytest.raises(AssertionError, match="called"):
         case.run("triton")
+
+
+def test_configurations_hold_in_the_backward_too(monkeypatch):
+    """Each timed form of a pass runs the one kernel that it names in the configuration that it names."""
+    launched = []
+    kernel = masked_linear._backward_kernel
+
+    class Noted:
+        def __getitem__(self, grid):
+            return lambda *tensors, **options: launched.append(options["BLOCK_N"]) or kernel[grid](*tensors, **options)
+
+    monkeypatch.setattr(masked_linear, "_backward_kernel", Noted())
+    case = next(case for case in cases(Sizes(2, **TINY), "cpu") if case.op == "masked_linear")
+    arguments = Namespace(device="cpu", no_compile=True, without=[], rounds=1)
+    monkeypatch.setattr("benchmarks.ops.that_run", lambda makers, _: {name: make() for name, make in makers.items()})
+    seen = {}
+    monkeypatch.setattr("benchmarks.ops.measure", lambda runs, *_, **__: seen.update(runs) or [])
+    measure_pass(case, "both", arguments, None, {}, math.inf)
+    defaults, others = masked_linear.BACKWARD_CONFIGURATIONS[:1], masked_linear.BACKWARD_CONFIGURATIONS[1:]
+    expected = {"triton": defaults[0]["BLOCK_N"]}
+    expected |= {f"triton, backward {c['BLOCK_M']}×{c['BLOCK_N']}×{c['STEPS']} w4 s2": c["BLOCK_N"] for c in others}
+    for name, block in expected.items():
+        launched.clear()
+        seen[name]()
+        assert launched == [block]
 
 
 def test_an_exception_in_a_captured_region(monkeypatch, capsys):
