@@ -13,6 +13,19 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def unit_rows(matrix: Tensor) -> Tensor:
+    """The matrix with neighbours of a row side by side in memory; a copy only where they are not."""
+    return matrix if matrix.stride(1) == 1 or matrix.numel() == 0 else matrix.contiguous()
+
+
+def in_eighths(*sizes: int) -> bool:
+    """Whether all sizes and strides are multiples of 8: then kernels access memory by 16 bytes.
+
+    Triton itself tells multiples of 16 from others, and nothing between.
+    """
+    return all(size % 8 == 0 for size in sizes)
+
+
 def accumulator_dtype(tensor: Tensor) -> tl.dtype:
     """float32 for everything but float64 (interpreter only)."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
@@ -24,10 +37,19 @@ def dot_precision() -> str:
 
 
 @triton.jit
+def known_eighths(size, EIGHTHS: tl.constexpr):
+    """The size or stride, as a multiple of 8 for the compiler to see where `in_eighths` has found that it is one."""
+    if EIGHTHS:
+        return size // 8 * 8
+    else:
+        return size
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """act(x), elementwise, in x's own (accumulator) precision."""
     if ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * _normal_cdf(x)
     elif ACTIVATION == "gelu_tanh":
         return x * tl.sigmoid(2.0 * _gelu_tanh_argument(x))
     elif ACTIVATION == "relu":
@@ -42,9 +64,8 @@ def activate(x, ACTIVATION: tl.constexpr):
 def activation_backward(grad, x, ACTIVATION: tl.constexpr):
     """grad ⊙ act'(x)."""
     if ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return grad * (cdf + x * density)
+        density = tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593)  # exp(−x²/2) / √(2π)
+        return grad * (_normal_cdf(x) + x * density)
     elif ACTIVATION == "gelu_tanh":
         gate = tl.sigmoid(2.0 * _gelu_tanh_argument(x))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
@@ -56,6 +77,30 @@ def activation_backward(grad, x, ACTIVATION: tl.constexpr):
         return grad * (gate * (1.0 + x * (1.0 - gate)))
     else:
         return grad
+
+
+@triton.jit
+def _normal_cdf(x):
+    """Φ(x) = ½(1 + erf(x / √2)).
+
+    Outside float64 from 1 − Φ(|x|) = 2^q(|x|): q has degree 10, fitted to the least absolute error on [0, 6.5]. That is
+    4·10⁻⁸, float32's own rounding of Φ, and takes a third of the instructions of erf.
+    """
+    if x.dtype == tl.float64:
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        a = tl.abs(x)
+        q = -2.07667692e-8 * a + 6.67497037e-7
+        q = q * a - 9.09753117e-6
+        q = q * a + 6.66861336e-5
+        q = q * a - 2.49939562e-4
+        q = q * a - 5.38329653e-5
+        q = q * a + 7.00387529e-3
+        q = q * a - 0.052474362
+        q = q * a - 0.459211658
+        q = q * a - 1.15110505
+        tail = tl.exp2(q * a - 1.0)
+        return tl.where(x < 0.0, tail, 1.0 - tail)
 
 
 @triton.jit

@@ -17,7 +17,10 @@ from ofb_kernels.kernels.common import (
     activate,
     activation_backward,
     dot_precision,
+    in_eighths,
+    known_eighths,
     on_device_of,
+    unit_rows,
 )
 from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile, shared_bytes
 from ofb_kernels.kernels.tuning import run_configured
@@ -26,10 +29,12 @@ from ofb_kernels.kernels.tuning import run_configured
 FORWARD_CONFIGURATIONS = {
     2: (
         dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4),
-        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=16, num_stages=3),
+        dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
     ),
-    4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
+    4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),),
     8: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
 }
 BACKWARD_CONFIGURATIONS = (
@@ -44,6 +49,8 @@ def forward(
     """out (M, N) and, if `save_pre`, pre (M, N), else an empty tensor; x (M, K), weight (N, K)."""
     rows, inner = x.shape
     columns = weight.shape[0]
+    x, weight = unit_rows(x), unit_rows(weight)
+    eighths = in_eighths(columns, inner, x.stride(0), weight.stride(0))
     out = x.new_empty(rows, columns)
     pre = x.new_empty((rows, columns) if save_pre else (0, columns))
     bias, mask = None if bias is None else bias.contiguous(), mask.contiguous()
@@ -53,10 +60,9 @@ def forward(
         tiles_n = triton.cdiv(columns, configuration["BLOCK_N"])
         _forward_kernel[(tiles_m * tiles_n,)](
             x, weight, bias, mask, out, pre,
-            rows, columns, inner,
-            x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
-            ACTIVATION=activation, SAVE_PRE=save_pre, ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(),
-            GROUP_M=GROUP_M, **configuration,
+            rows, columns, inner, x.stride(0), weight.stride(0),
+            EIGHTHS=eighths, ACTIVATION=activation, SAVE_PRE=save_pre,
+            ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(), GROUP_M=GROUP_M, **configuration,
         )  # fmt: skip
 
     if out.numel() > 0:
@@ -70,8 +76,9 @@ def forward(
 def backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """grad_pre (M, N) in pre's dtype; grad_mask (N,) and grad_bias (N,) in accumulator precision."""
     rows, columns = pre.shape
+    grad_out, mask = unit_rows(grad_out), mask.contiguous()
+    eighths = in_eighths(columns, grad_out.stride(0))
     grad_pre = torch.empty_like(pre)
-    mask = mask.contiguous()
     partial_dtype = torch.promote_types(pre.dtype, torch.float32)
 
     def launch(configuration: dict) -> tuple[Tensor, Tensor]:
@@ -80,9 +87,8 @@ def backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None
         partial_bias = torch.empty_like(partial_mask)
         _backward_kernel[(chunks * triton.cdiv(columns, configuration["BLOCK_N"]),)](
             grad_out, pre, mask, grad_pre, partial_mask, partial_bias,
-            rows, columns,
-            grad_out.stride(0), grad_out.stride(1),
-            ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), **configuration,
+            rows, columns, grad_out.stride(0),
+            EIGHTHS=eighths, ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), **configuration,
         )  # fmt: skip
         return partial_mask.sum(0), partial_bias.sum(0)
 
@@ -96,17 +102,19 @@ def backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None
 @triton.jit
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, out_ptr, pre_ptr,
-    rows, columns, inner,
-    stride_xm, stride_xk, stride_wn, stride_wk,
-    ACTIVATION: tl.constexpr, SAVE_PRE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    rows, columns, inner, stride_x, stride_weight,
+    EIGHTHS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_PRE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    columns, inner = known_eighths(columns, EIGHTHS), known_eighths(inner, EIGHTHS)
+    stride_x, stride_weight = known_eighths(stride_x, EIGHTHS), known_eighths(stride_weight, EIGHTHS)
     tile_m, tile_n = grouped_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offsets_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     accumulator = product_tile(
-        x_ptr, weight_ptr, offsets_m, offsets_n, rows, columns, inner,
-        stride_xm, stride_xk, stride_wn, stride_wk, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, weight_ptr, offsets_m, offsets_n, rows, columns, inner, stride_x, stride_weight,
+        False, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # (BLOCK_M, BLOCK_N)  # fmt: skip
     # pre = x Wᵀ + b, out = act(pre ⊙ m)
     mask = tl.load(mask_ptr + offsets_n, mask=offsets_n < columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
@@ -122,12 +130,12 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_out_ptr, pre_ptr, mask_ptr, grad_pre_ptr, partial_mask_ptr, partial_bias_ptr,
-    rows, columns,
-    stride_gm, stride_gn,
-    ACTIVATION: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    rows, columns, stride_grad_out,
+    EIGHTHS: tl.constexpr, ACTIVATION: tl.constexpr, ACCUMULATOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N columns of BLOCK_M · STEPS rows."""
+    columns, stride_grad_out = known_eighths(columns, EIGHTHS), known_eighths(stride_grad_out, EIGHTHS)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     chunk = tl.program_id(0) // tiles_n
     offsets_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -140,8 +148,8 @@ def _backward_kernel(
         inside = (offsets_m < rows)[:, None] & in_columns[None, :]
         rows_m = offsets_m.to(tl.int64)[:, None]
         pre = tl.load(pre_ptr + rows_m * columns + offsets_n[None, :], mask=inside, other=0.0).to(ACCUMULATOR)
-        grad_out_offsets = rows_m * stride_gm + offsets_n.to(tl.int64)[None, :] * stride_gn
-        grad_out = tl.load(grad_out_ptr + grad_out_offsets, mask=inside, other=0.0).to(ACCUMULATOR)
+        grad_out_ptrs = grad_out_ptr + rows_m * stride_grad_out + offsets_n[None, :]
+        grad_out = tl.load(grad_out_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
         # du = dout ⊙ act'(pre ⊙ m), dpre = du ⊙ m
         grad_masked = activation_backward(grad_out, pre * mask[None, :], ACTIVATION)  # (BLOCK_M, BLOCK_N)
         grad_pre = grad_masked * mask[None, :]

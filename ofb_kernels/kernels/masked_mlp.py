@@ -4,7 +4,7 @@ Forward:   pre = x W₁ᵀ + b₁,   hidden = act(pre ⊙ m),   out = hidden W�
 Backward:  dhidden = dout W₂,   du = dhidden ⊙ act'(pre ⊙ m),   dm = Σ_rows du ⊙ pre,
            dpre = du ⊙ m,   db₁ = Σ_rows dpre
 The forward is masked_linear's kernel and a plain product. The products dx = dpre W₁, dW₁ = dpreᵀ x and
-dW₂ = doutᵀ hidden have no epilogue to fuse and stay with cuBLAS; `hidden` is computed again rather than kept.
+dW₂ = doutᵀ hidden have no epilogue to fuse and stay with cuBLAS.
 
 The column sums are kept per row tile in float32 and added up by one reduction: no atomics, the same bits every time.
 """
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
-    activate,
     activation_backward,
     dot_precision,
+    in_eighths,
+    known_eighths,
     on_device_of,
+    unit_rows,
 )
 from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile, shared_bytes
 from ofb_kernels.kernels.tuning import run_configured
@@ -28,18 +30,20 @@ from ofb_kernels.kernels.tuning import run_configured
 BACKWARD_CONFIGURATIONS = {
     2: (
         dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
-        dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=4),
-        dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+        dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=16, num_stages=3),
     ),
-    4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
+    4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),),
     8: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
 }
 
 
 def backward(
     grad_out: Tensor, fc2_weight: Tensor, pre: Tensor, mask: Tensor, activation: str | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients up to fc1's output, and the hidden activations.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients up to fc1's output.
 
     Args:
         grad_out: (M, E), any strides.
@@ -49,11 +53,13 @@ def backward(
         activation: a name `activate` knows.
 
     Returns:
-        grad_pre (M, N) and hidden (M, N) in pre's dtype; grad_mask (N,) and grad_bias (N,) in accumulator precision.
+        grad_pre (M, N) in pre's dtype; grad_mask (N,) and grad_bias (N,) in accumulator precision.
     """
     (rows, columns), inner = pre.shape, grad_out.shape[1]
-    grad_pre, hidden = torch.empty_like(pre), torch.empty_like(pre)
-    mask = mask.contiguous()
+    grad_pre = torch.empty_like(pre)
+    grad_out, mask, in_columns = unit_rows(grad_out), mask.contiguous(), fc2_weight.stride(1) == 1
+    fc2_weight = fc2_weight if in_columns else unit_rows(fc2_weight.t())
+    eighths = in_eighths(columns, inner, grad_out.stride(0), fc2_weight.stride(0))
     partial_dtype = torch.promote_types(pre.dtype, torch.float32)
 
     def launch(configuration: dict) -> tuple[Tensor, Tensor]:
@@ -62,49 +68,47 @@ def backward(
         partial_mask = pre.new_empty((tiles_m, columns), dtype=partial_dtype)
         partial_bias = torch.empty_like(partial_mask)
         _backward_kernel[(tiles_m * tiles_n,)](
-            grad_out, fc2_weight, pre, mask, grad_pre, hidden, partial_mask, partial_bias,
-            rows, columns, inner,
-            grad_out.stride(0), grad_out.stride(1), fc2_weight.stride(0), fc2_weight.stride(1),
-            ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), PRECISION=dot_precision(),
-            GROUP_M=GROUP_M, **configuration,
+            grad_out, fc2_weight, pre, mask, grad_pre, partial_mask, partial_bias,
+            rows, columns, inner, grad_out.stride(0), fc2_weight.stride(0),
+            EIGHTHS=eighths, IN_COLUMNS=in_columns, ACTIVATION=activation,
+            ACCUMULATOR=accumulator_dtype(pre), PRECISION=dot_precision(), GROUP_M=GROUP_M, **configuration,
         )  # fmt: skip
         return partial_mask.sum(0), partial_bias.sum(0)
 
     if pre.numel() == 0:
         zeros = pre.new_zeros(columns, dtype=partial_dtype)
-        return grad_pre, hidden, zeros, zeros.clone()
+        return grad_pre, zeros, zeros.clone()
     size, sizes = pre.element_size(), (rows, columns, inner)
     kernel, candidates = f"masked_mlp.backward {size} bytes", BACKWARD_CONFIGURATIONS[size]
     with on_device_of(pre):
-        sums = run_configured(kernel, candidates, sizes, pre, launch, lambda c: shared_bytes(c, size))
-    return grad_pre, hidden, *sums
+        return grad_pre, *run_configured(kernel, candidates, sizes, pre, launch, lambda c: shared_bytes(c, size))
 
 
 @triton.jit
 def _backward_kernel(
-    grad_out_ptr, fc2_weight_ptr, pre_ptr, mask_ptr, grad_pre_ptr, hidden_ptr, partial_mask_ptr, partial_bias_ptr,
-    rows, columns, inner,
-    stride_gm, stride_gk, stride_wk, stride_wn,
-    ACTIVATION: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    grad_out_ptr, fc2_weight_ptr, pre_ptr, mask_ptr, grad_pre_ptr, partial_mask_ptr, partial_bias_ptr,
+    rows, columns, inner, stride_grad_out, stride_weight,
+    EIGHTHS: tl.constexpr, IN_COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    columns, inner = known_eighths(columns, EIGHTHS), known_eighths(inner, EIGHTHS)
+    stride_grad_out, stride_weight = known_eighths(stride_grad_out, EIGHTHS), known_eighths(stride_weight, EIGHTHS)
     tile_m, tile_n = grouped_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offsets_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     # dhidden = dout W₂
     grad_hidden = product_tile(
-        grad_out_ptr, fc2_weight_ptr, offsets_m, offsets_n, rows, columns, inner,
-        stride_gm, stride_gk, stride_wn, stride_wk, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        grad_out_ptr, fc2_weight_ptr, offsets_m, offsets_n, rows, columns, inner, stride_grad_out, stride_weight,
+        IN_COLUMNS, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # (BLOCK_M, BLOCK_N)  # fmt: skip
     offsets = offsets_m.to(tl.int64)[:, None] * columns + offsets_n[None, :]
     inside = (offsets_m < rows)[:, None] & in_columns[None, :]
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
     pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_M, BLOCK_N)
-    # hidden = act(pre ⊙ m), du = dhidden ⊙ act'(pre ⊙ m), dpre = du ⊙ m
-    masked = pre * mask[None, :]
-    tl.store(hidden_ptr + offsets, activate(masked, ACTIVATION), mask=inside)
-    grad_masked = activation_backward(grad_hidden, masked, ACTIVATION)  # (BLOCK_M, BLOCK_N)
+    # du = dhidden ⊙ act'(pre ⊙ m), dpre = du ⊙ m
+    grad_masked = activation_backward(grad_hidden, pre * mask[None, :], ACTIVATION)  # (BLOCK_M, BLOCK_N)
     grad_pre = grad_masked * mask[None, :]
     tl.store(grad_pre_ptr + offsets, grad_pre, mask=inside)
     # dm = Σ_rows du ⊙ pre, db = Σ_rows dpre; rows outside have dout = 0

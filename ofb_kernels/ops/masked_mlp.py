@@ -62,8 +62,8 @@ def masked_mlp(
 
 
 def _triton(*inputs) -> Tensor:
-    save_pre = needs_grad(*inputs[:-1])
-    return torch.ops.ofb_kernels.masked_mlp(*inputs, save_pre)[0]
+    keep = needs_grad(*inputs[:-1])
+    return torch.ops.ofb_kernels.masked_mlp(*inputs, keep)[0]
 
 
 @torch.library.custom_op("ofb_kernels::masked_mlp", mutates_args=())
@@ -75,24 +75,26 @@ def _forward(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str | None,
-    save_pre: bool,
-) -> tuple[Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and what the backward needs: `pre` and `hidden`, both (M, N), empty unless `keep`."""
     from ofb_kernels.kernels import masked_linear as kernel
 
-    hidden, pre = kernel.forward(as_rows(x), fc1_weight, fc1_bias, mask, activation, save_pre)
-    return F.linear(hidden, fc2_weight, fc2_bias).view(*x.shape[:-1], fc2_weight.shape[0]), pre
+    hidden, pre = kernel.forward(as_rows(x), fc1_weight, fc1_bias, mask, activation, keep)
+    out = F.linear(hidden, fc2_weight, fc2_bias).view(*x.shape[:-1], fc2_weight.shape[0])
+    return out, pre, hidden if keep else torch.empty_like(pre)
 
 
 @_forward.register_fake
-def _(x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, activation, save_pre):
-    rows = count_rows(x) if save_pre else 0
-    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), x.new_empty(rows, fc1_weight.shape[0])
+def _(x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, activation, keep):
+    pre = x.new_empty(count_rows(x) if keep else 0, fc1_weight.shape[0])
+    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), pre, torch.empty_like(pre)
 
 
 @torch.library.custom_op("ofb_kernels::masked_mlp_backward", mutates_args=())
 def _backward(
     grad_out: Tensor, fc2_weight: Tensor, pre: Tensor, mask: Tensor, activation: str | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from ofb_kernels.kernels import masked_mlp as kernel
 
     return kernel.backward(grad_out, fc2_weight, pre, mask, activation)
@@ -101,22 +103,22 @@ def _backward(
 @_backward.register_fake
 def _(grad_out, fc2_weight, pre, mask, activation):
     columns = pre.new_empty(pre.shape[1], dtype=torch.promote_types(pre.dtype, torch.float32))
-    return torch.empty_like(pre), torch.empty_like(pre), columns, torch.empty_like(columns)
+    return torch.empty_like(pre), columns, torch.empty_like(columns)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, ctx.activation, _ = inputs
     ctx.has_fc1_bias, ctx.has_fc2_bias = fc1_bias is not None, fc2_bias is not None
-    ctx.save_for_backward(x, fc1_weight, mask, fc2_weight, output[1])
+    ctx.save_for_backward(x, fc1_weight, mask, fc2_weight, *output[1:])
 
 
-def _autograd_backward(ctx, grad_out, _grad_pre):
+def _autograd_backward(ctx, grad_out, _grad_pre, _grad_hidden):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
-    x, fc1_weight, mask, fc2_weight, pre = ctx.saved_tensors
+    x, fc1_weight, mask, fc2_weight, pre, hidden = ctx.saved_tensors
     grad_out = as_rows(grad_out)
-    grad_pre, hidden, grad_mask, grad_fc1_bias = torch.ops.ofb_kernels.masked_mlp_backward(
+    grad_pre, grad_mask, grad_fc1_bias = torch.ops.ofb_kernels.masked_mlp_backward(
         grad_out, fc2_weight, pre, mask, ctx.activation
     )
     needs_x, needs_fc1_weight, needs_fc1_bias, needs_mask, needs_fc2_weight, needs_fc2_bias, *_ = ctx.needs_input_grad
