@@ -86,7 +86,6 @@ def _case(row: Row) -> tuple[str, ...]:
 def _about(row: Row) -> str:
     versions = f"torch {row['torch']}, Triton {row['triton']}, timm {row['timm']}"
     threads = f", {row['threads']} threads" if row["threads"] else ""
-    threads += f", {row['shape']}" if row["benchmark"] == "search" else ""
     ceilings = f", ceilings {row['ceiling_tflops']} TFLOP/s and {row['ceiling_tbps']} TB/s" if row["floor_ms"] else ""
     return f"{versions}{threads}{ceilings}; {row['rounds']} rounds, commit {row['commit']}, {row['date']}."
 
@@ -106,7 +105,8 @@ def _table(rows: Iterable[Row]) -> Iterator[str]:
         graph = ", CUDA graph" if row["graph"] == "True" else ""
         over = f"{float(row['over_base']):.2f} ({float(row['over_base_20']):.2f} to {float(row['over_base_80']):.2f})"
         ms = float(row["ms"])
-        cells = [row["variant"] + graph, over, f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"]
+        events = f", {row['shape']}" if row["benchmark"] == "search" else ""
+        cells = [row["variant"] + graph + events, over, f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"]
         if on_gpu:
             floor = f"{float(row['ms']) / float(row['floor_ms']):.2f}" if row["floor_ms"] else ""
             memory = f"{int(row['peak_bytes']) / 2**20:.0f}" if row["peak_bytes"] else ""

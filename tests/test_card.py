@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import measure, process
 from benchmarks.card import __main__ as card
-from benchmarks.card import estimate, parts, processes
+from benchmarks.card import estimate, parts, processes, search_time
 from benchmarks.card.processes import Job, Part, run_part
 from benchmarks.card.smoke import checked_in_one_line, launch_others
 from benchmarks.floors import TINY, Sizes
@@ -382,3 +382,9 @@ def test_test_pieces_are_the_whole():
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     whole, *found = json.loads(printed.splitlines()[-1])
     assert len(whole) > 100 and sorted(test for piece in found for test in piece) == sorted(whole)
+
+
+def test_a_search_is_compared_after_as_many_pruning_events():
+    clocks = {"triton": [1.0, 2.0, 4.0], "reference": [4.0, 9.0]}
+    assert search_time.after_events(clocks) == {"triton": (4.0, 1.0, 2), "reference": (9.0, 4.5, 1)}
+    assert search_time.compared(clocks) == ["search, after 1 pruning events: reference takes 4.5 × the time of triton"]

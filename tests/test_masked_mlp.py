@@ -123,7 +123,7 @@ def test_keeps_only_what_the_backward_needs(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         masked_mlp(**leaves, backend="triton")
     intermediates = [tensor for tensor in kept if not any(tensor is leaf for leaf in leaves.values())]
-    assert [tuple(tensor.shape) for tensor in intermediates] == [(66, 40)] * 2  # before the mask and after the activation
+    assert [tuple(tensor.shape) for tensor in intermediates] == [(66, 40)] * 2  # before and after the activation
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
