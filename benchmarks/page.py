@@ -67,7 +67,14 @@ def device_section(folder: Path) -> str:
     rows = _rows(folder)
     parts = [f"\n## {rows[0]['device']}\n"]
     parts += [f"\n![{name}](results/{folder.name}/{name})\n" for name in pictures(folder)]
-    for (benchmark, subject, batch, size, which), group in groupby(rows, key=_case):
+    on_gpu = rows[0]["capability"] != ""
+    ops = [row for row in rows if row["benchmark"] == "op" and on_gpu]
+    for about, cases in groupby(ops, key=lambda row: (row["subject"].split()[1], row["batch_size"])):
+        cases = list(cases)
+        title = f"ops of {about[0]}, batch {about[1]}, as CUDA graphs"
+        parts.append(f"\n### {title}\n\n{_about(cases[0])} Ratios are the form's time over Triton's.\n\n")
+        parts.extend(f"{line}\n" for line in _ops_table(cases))
+    for (benchmark, subject, batch, size, which), group in groupby((r for r in rows if r not in ops), key=_case):
         group = list(group)
         what = f"one {which}" if benchmark == "step" else which
         parts.append(f"\n### {subject}, batch {batch}, {size} size, {what}\n\n{_about(group[0])}\n\n")
@@ -76,7 +83,42 @@ def device_section(folder: Path) -> str:
 
 
 def _rows(folder: Path) -> list[Row]:
-    return [row for path in sorted(folder.glob("*.csv")) for row in read_csv(path)]
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read_csv(path)]
+    return [row for _, case in groupby(rows, key=_case) for row in worth_showing(list(case))]
+
+
+def worth_showing(case: list[Row]) -> list[Row]:
+    """Of an op's forms: as graphs where there are any, with the memory that the same form took without one; of the
+    Triton kernels' other configurations the fastest, if the default ones are slower."""
+    graphs = [row for row in case if row["graph"] == "True"]
+    if case[0]["benchmark"] != "op" or not graphs:
+        return case
+    memory = {row["variant"]: row["peak_bytes"] for row in case if row["graph"] != "True"}
+    forms = sorted(graphs, key=lambda row: float(row["ms"]))
+    triton = [row["variant"] for row in forms if row["variant"].split(",")[0] == "triton"]
+    kept = [row for row in forms if "," not in row["variant"] or row["variant"] == triton[0]]
+    return [row | {"peak_bytes": memory.get(row["variant"], "")} for row in kept]
+
+
+def _ops_table(rows: list[Row]) -> Iterator[str]:
+    """A line for each pass of each op: how the other forms compare with Triton's, then its own figures."""
+    rivals = list(dict.fromkeys(row["variant"] for row in rows if not row["variant"].startswith("triton")))
+    columns = ["op", "size", "pass", *rivals, "triton, µs", "over floor", "peak MiB", "faster configuration, µs"]
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for (_, subject, _, size, which), case in groupby(rows, key=_case):
+        by_variant = {row["variant"]: row for row in case}
+        if "triton" not in by_variant:
+            continue
+        triton = by_variant.pop("triton")
+        ms = float(triton["ms"])
+        ratios = [f"{float(by_variant[name]['ms']) / ms:.2f}" if name in by_variant else "" for name in rivals]
+        floor = f"{ms / float(triton['floor_ms']):.2f}" if triton["floor_ms"] else ""
+        memory = f"{int(triton['peak_bytes']) / 2**20:.0f}" if triton["peak_bytes"] else ""
+        other = next((row for name, row in by_variant.items() if name.startswith("triton, ")), None)
+        faster = f"{other['variant'].removeprefix('triton, ')}: {1e3 * float(other['ms']):.0f}" if other else ""
+        cells = [subject.split()[0], size, which, *ratios, f"{1e3 * ms:.0f}", floor, memory, faster]
+        yield "| " + " | ".join(cells) + " |"
 
 
 def _case(row: Row) -> tuple[str, ...]:

@@ -126,6 +126,20 @@ def test_every_op_has_a_case_and_every_case_runs(monkeypatch):
                 pass_of(form, case, which)()
 
 
+def test_the_page_shows_graphs_and_the_best_configuration():
+    def row(variant, ms, graph, peak=""):
+        return {"benchmark": "op", "variant": variant, "ms": ms, "graph": str(graph), "peak_bytes": peak}
+
+    plain = [row("folded", "3.0", False, "7"), row("triton", "2.0", False, "5")]
+    slow, fast = row("triton, forward 64×64 w4 s2", "2.5", True), row("triton, forward 128×64 w8 s3", "1.2", True)
+    graphs = [row("folded", "2.9", True), row("triton", "1.9", True), slow, fast]
+    shown = page.worth_showing(plain + graphs)
+    assert [(row["variant"], row["ms"], row["peak_bytes"]) for row in shown] == [
+        (fast["variant"], "1.2", ""), ("triton", "1.9", "5"), ("folded", "2.9", "7")
+    ]  # fmt: skip
+    assert page.worth_showing(plain) == plain
+
+
 def test_the_page_is_that_of_the_results():
     assert (ROOT / "README.md").read_text() == page.page(ROOT / "results")
 
