@@ -126,8 +126,11 @@ def test_opcheck(bias, device):
     inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, 6, torch.float32, device, bias).items()}
     arguments = (inputs["x"], inputs["weight"], inputs.get("bias"), inputs["mask"], "gelu", True)
     torch.library.opcheck(torch.ops.ofb_kernels.masked_linear.default, arguments)
-    arguments = (torch.randn(15, 6, device=device), torch.randn(15, 6, device=device), inputs["mask"].detach(), "gelu")
-    torch.library.opcheck(torch.ops.ofb_kernels.masked_linear_backward.default, arguments)
+    tensors = [tensor if tensor is None else tensor.detach() for tensor in arguments[:4]]
+    grad_out, slope = torch.randn(3, 5, 6, device=device), torch.randn(15, 6, device=device)
+    for needs in ((True, True), (True, False), (False, True)):
+        backward = (grad_out, *tensors, slope, "gelu", *needs)
+        torch.library.opcheck(torch.ops.ofb_kernels.masked_linear_backward.default, backward)
 
 
 @pytest.mark.parametrize(

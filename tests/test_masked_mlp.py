@@ -147,9 +147,12 @@ def test_opcheck(bias, device):
     names = ("x", "fc1_weight", "fc1_bias", "mask", "fc2_weight", "fc2_bias")
     inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, 6, 4, torch.float32, device, bias).items()}
     torch.library.opcheck(torch.ops.ofb_kernels.masked_mlp.default, (*map(inputs.get, names), "gelu", True))
-    fc2_weight, mask = inputs["fc2_weight"].detach(), inputs["mask"].detach()
-    arguments = (torch.randn(15, 4, device=device), fc2_weight, torch.randn(15, 6, device=device), mask, "gelu")
-    torch.library.opcheck(torch.ops.ofb_kernels.masked_mlp_backward.default, arguments)
+    x, *fc1, fc2_weight, _ = (tensor if tensor is None else tensor.detach() for tensor in map(inputs.get, names))
+    grad_out, slope = torch.randn(3, 5, 4, device=device), torch.randn(15, 6, device=device)
+    for needs in ((True, True), (True, False), (False, True)):
+        arguments = (grad_out, x, *fc1, fc2_weight, slope, "gelu", *needs)
+        torch.library.opcheck(torch.ops.ofb_kernels.masked_mlp_backward.default, arguments)
+    torch.library.opcheck(torch.ops.ofb_kernels.column_sums.default, (slope,))
 
 
 @pytest.mark.parametrize(

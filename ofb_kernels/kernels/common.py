@@ -61,22 +61,20 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_backward(grad, x, ACTIVATION: tl.constexpr):
-    """grad ⊙ act'(x)."""
+def activation_slope(x, ACTIVATION: tl.constexpr):
+    """act'(x)."""
     if ACTIVATION == "gelu":
         density = tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593)  # exp(−x²/2) / √(2π)
-        return grad * (_normal_cdf(x) + x * density)
+        return _normal_cdf(x) + x * density
     elif ACTIVATION == "gelu_tanh":
         gate = tl.sigmoid(2.0 * _gelu_tanh_argument(x))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        return grad * (gate + x * gate * (1.0 - gate) * slope)
+        return gate + x * gate * (1.0 - gate) * slope
     elif ACTIVATION == "relu":
-        return tl.where(x <= 0.0, 0.0, grad)  # as in torch NaN passes through, but nothing past an x ≤ 0
-    elif ACTIVATION == "silu":
+        return tl.where(x <= 0.0, 0.0, 1.0)  # NaN lets everything through, as in torch
+    else:  # silu
         gate = tl.sigmoid(x)
-        return grad * (gate * (1.0 + x * (1.0 - gate)))
-    else:
-        return grad
+        return gate * (1.0 + x * (1.0 - gate))
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Masked linear layer: a product whose epilogue adds the bias, applies the mask and the activation.
 
-Forward:   pre = x Wᵀ + b,   out = act(pre ⊙ m)
-Backward:  du = dout ⊙ act'(pre ⊙ m),   dm = Σ_rows du ⊙ pre,   dpre = du ⊙ m,   db = Σ_rows dpre
-The products dx = dpre W and dW = dpreᵀ x have no epilogue to fuse and stay with cuBLAS.
+Forward:   u = (x Wᵀ + b) ⊙ m,   out = act(u),   slope = act'(u)
+Backward:  du = dout ⊙ slope and Σ_rows du here; the rest goes through the folded weights (fold.py), where the mask is
+           W_f = W ⊙ m: dx = du W_f, and dW_f = duᵀ x gives the gradients of W and m. No pass over rows sees the mask.
+The products have no epilogue to fuse and stay with cuBLAS. Without an activation nothing is kept, and du = dout.
 
 The column sums are kept per program in float32 and added up by one reduction: no atomics, the same bits every time.
 """
@@ -12,98 +13,126 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
     activate,
-    activation_backward,
+    activation_slope,
     dot_precision,
     in_eighths,
     known_eighths,
     on_device_of,
     unit_rows,
 )
-from ofb_kernels.kernels.product import GROUP_M, grouped_tile, product_tile, shared_bytes
+from ofb_kernels.kernels.product import (
+    GROUP_M,
+    describable,
+    described_tile,
+    descriptor,
+    grouped_tile,
+    halves,
+    is_persistent,
+    product_tile,
+    programs,
+    shared_bytes,
+)
 from ofb_kernels.kernels.tuning import run_configured
 
 # Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only), the default first.
 FORWARD_CONFIGURATIONS = {
     2: (
-        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=16, num_stages=3),
-        dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=2),
         dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
         dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
     ),
     4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),),
     8: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
 }
+# PROGRAMS is how many of them share a multiprocessor.
+PERSISTENT_FORWARD_CONFIGURATIONS = (
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=2, FLATTEN=True, PROGRAMS=2, num_warps=8, num_stages=3),
+    dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=2, FLATTEN=True, PROGRAMS=1, num_warps=8, num_stages=3),
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=True, PROGRAMS=1, num_warps=8, num_stages=4),
+)
 BACKWARD_CONFIGURATIONS = (
-    dict(BLOCK_M=32, BLOCK_N=64, STEPS=16, num_warps=4, num_stages=2),
     dict(BLOCK_M=32, BLOCK_N=128, STEPS=8, num_warps=4, num_stages=2),
+    dict(BLOCK_M=64, BLOCK_N=64, STEPS=8, num_warps=4, num_stages=2),
+    dict(BLOCK_M=32, BLOCK_N=64, STEPS=16, num_warps=4, num_stages=2),
 )
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None, save_pre: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None, save_slope: bool
 ) -> tuple[Tensor, Tensor]:
-    """out (M, N) and, if `save_pre`, pre (M, N), else an empty tensor; x (M, K), weight (N, K)."""
+    """out (M, N), and slope (M, N) if `save_slope` and there is an activation, else empty; x (M, K), weight (N, K)."""
     rows, inner = x.shape
     columns = weight.shape[0]
-    x, weight = unit_rows(x), unit_rows(weight)
-    eighths = in_eighths(columns, inner, x.stride(0), weight.stride(0))
+    x, weight, mask = unit_rows(x), unit_rows(weight), mask.contiguous()
+    bias, save_slope = None if bias is None else bias.contiguous(), save_slope and activation is not None
     out = x.new_empty(rows, columns)
-    pre = x.new_empty((rows, columns) if save_pre else (0, columns))
-    bias, mask = None if bias is None else bias.contiguous(), mask.contiguous()
+    slope = x.new_empty((rows, columns) if save_slope else (0, columns))
+    eighths = in_eighths(columns, inner, x.stride(0), weight.stride(0))
+    constants = dict(ACTIVATION=activation, SAVE_SLOPE=save_slope, GROUP_M=GROUP_M)
 
     def launch(configuration: dict) -> None:
-        tiles_m = triton.cdiv(rows, configuration["BLOCK_M"])
-        tiles_n = triton.cdiv(columns, configuration["BLOCK_N"])
-        _forward_kernel[(tiles_m * tiles_n,)](
-            x, weight, bias, mask, out, pre,
+        block_m, block_n, block_k = (configuration[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+        if is_persistent(configuration):
+            written = block_m, block_n // configuration["HALVES"]
+            _persistent_forward_kernel[programs(configuration, tiles, x)](
+                descriptor(x, (block_m, block_k)), descriptor(weight, (block_n, block_k)), bias, mask,
+                descriptor(out, written), descriptor(slope if save_slope else out, written),
+                rows, columns, inner, **constants, **configuration,
+            )  # fmt: skip
+            return
+        _forward_kernel[(tiles,)](
+            x, weight, bias, mask, out, slope,
             rows, columns, inner, x.stride(0), weight.stride(0),
-            EIGHTHS=eighths, ACTIVATION=activation, SAVE_PRE=save_pre,
-            ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(), GROUP_M=GROUP_M, **configuration,
+            EIGHTHS=eighths, ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(),
+            **constants, **configuration,
         )  # fmt: skip
 
     if out.numel() > 0:
         size = x.element_size()
-        kernel, candidates = f"masked_linear.forward {size} bytes", FORWARD_CONFIGURATIONS[size]
+        candidates = FORWARD_CONFIGURATIONS[size]
+        if inner > 0 and describable(x, weight, out):
+            candidates = PERSISTENT_FORWARD_CONFIGURATIONS + candidates
+        kernel = f"masked_linear.forward {size} bytes"
         with on_device_of(x):
             run_configured(kernel, candidates, (rows, columns, inner), x, launch, lambda c: shared_bytes(c, size))
-    return out, pre
+    return out, slope
 
 
-def backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_pre (M, N) in pre's dtype; grad_mask (N,) and grad_bias (N,) in accumulator precision."""
-    rows, columns = pre.shape
-    grad_out, mask = unit_rows(grad_out), mask.contiguous()
+def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
+    """du (M, N) in grad_out's dtype, and Σ_rows du (N,) in accumulator precision; grad_out and slope (M, N)."""
+    if activation is None:
+        return grad_out, column_sums(grad_out)
+    rows, columns = slope.shape
+    partial_dtype = torch.promote_types(slope.dtype, torch.float32)
+    grad_out, grad = unit_rows(grad_out), torch.empty_like(slope)
     eighths = in_eighths(columns, grad_out.stride(0))
-    grad_pre = torch.empty_like(pre)
-    partial_dtype = torch.promote_types(pre.dtype, torch.float32)
 
-    def launch(configuration: dict) -> tuple[Tensor, Tensor]:
+    def launch(configuration: dict) -> Tensor:
         chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
-        partial_mask = pre.new_empty((chunks, columns), dtype=partial_dtype)
-        partial_bias = torch.empty_like(partial_mask)
+        partial = slope.new_empty((chunks, columns), dtype=partial_dtype)
         _backward_kernel[(chunks * triton.cdiv(columns, configuration["BLOCK_N"]),)](
-            grad_out, pre, mask, grad_pre, partial_mask, partial_bias,
-            rows, columns, grad_out.stride(0),
-            EIGHTHS=eighths, ACTIVATION=activation, ACCUMULATOR=accumulator_dtype(pre), **configuration,
+            grad_out, slope, grad, partial, rows, columns, grad_out.stride(0),
+            EIGHTHS=eighths, ACCUMULATOR=accumulator_dtype(slope), **configuration,
         )  # fmt: skip
-        return partial_mask.sum(0), partial_bias.sum(0)
+        return column_sums(partial)
 
-    if pre.numel() == 0:
-        return grad_pre, pre.new_zeros(columns, dtype=partial_dtype), pre.new_zeros(columns, dtype=partial_dtype)
-    kernel = f"masked_linear.backward {pre.element_size()} bytes"
-    with on_device_of(pre):
-        return grad_pre, *run_configured(kernel, BACKWARD_CONFIGURATIONS, (rows, columns), pre, launch)
+    if slope.numel() == 0:
+        return grad, slope.new_zeros(columns, dtype=partial_dtype)
+    kernel = f"masked_linear.backward {slope.element_size()} bytes"
+    with on_device_of(slope):
+        return grad, run_configured(kernel, BACKWARD_CONFIGURATIONS, (rows, columns), slope, launch)
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, mask_ptr, out_ptr, pre_ptr,
+    x_ptr, weight_ptr, bias_ptr, mask_ptr, out_ptr, slope_ptr,
     rows, columns, inner, stride_x, stride_weight,
-    EIGHTHS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_PRE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    EIGHTHS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_SLOPE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -112,26 +141,75 @@ def _forward_kernel(
     tile_m, tile_n = grouped_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offsets_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    accumulator = product_tile(
+    product = product_tile(
         x_ptr, weight_ptr, offsets_m, offsets_n, rows, columns, inner, stride_x, stride_weight,
         False, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # (BLOCK_M, BLOCK_N)  # fmt: skip
-    # pre = x Wᵀ + b, out = act(pre ⊙ m)
-    mask = tl.load(mask_ptr + offsets_n, mask=offsets_n < columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
-    if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + offsets_n, mask=offsets_n < columns, other=0.0).to(ACCUMULATOR)[None, :]
+    masked = _masked(product, bias_ptr, mask_ptr, offsets_n, columns)
     offsets = offsets_m.to(tl.int64)[:, None] * columns + offsets_n[None, :]
     inside = (offsets_m < rows)[:, None] & (offsets_n < columns)[None, :]
-    if SAVE_PRE:
-        tl.store(pre_ptr + offsets, accumulator, mask=inside)
-    tl.store(out_ptr + offsets, activate(accumulator * mask[None, :], ACTIVATION), mask=inside)
+    tl.store(out_ptr + offsets, activate(masked, ACTIVATION), mask=inside)
+    if SAVE_SLOPE:
+        tl.store(slope_ptr + offsets, activation_slope(masked, ACTIVATION), mask=inside)
+
+
+@triton.jit
+def _persistent_forward_kernel(
+    x_desc, weight_desc, bias_ptr, mask_ptr, out_desc, slope_desc,
+    rows, columns, inner,
+    ACTIVATION: tl.constexpr, SAVE_SLOPE: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    columns = known_eighths(columns, True)  # descriptors take no others
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = grouped_tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        product = described_tile(x_desc, weight_desc, start_m, start_n, inner, False, BLOCK_M, BLOCK_N, BLOCK_K)
+        if HALVES == 2:
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = halves(product, BLOCK_M, BLOCK_N)
+            _store_part(
+                left, bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n, columns, ACTIVATION, SAVE_SLOPE, HALF
+            )
+            _store_part(
+                right, bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n + HALF, columns,
+                ACTIVATION, SAVE_SLOPE, HALF,
+            )  # fmt: skip
+        else:
+            _store_part(
+                product, bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n, columns,
+                ACTIVATION, SAVE_SLOPE, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_part(
+    product, bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n, columns,
+    ACTIVATION: tl.constexpr, SAVE_SLOPE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of WIDTH columns of a tile."""
+    masked = _masked(product, bias_ptr, mask_ptr, start_n + tl.arange(0, WIDTH), columns)
+    out_desc.store([start_m, start_n], activate(masked, ACTIVATION).to(out_desc.dtype))
+    if SAVE_SLOPE:
+        slope_desc.store([start_m, start_n], activation_slope(masked, ACTIVATION).to(slope_desc.dtype))
+
+
+@triton.jit
+def _masked(product, bias_ptr, mask_ptr, offsets_n, columns):
+    """u = (x Wᵀ + b) ⊙ m."""
+    in_columns = offsets_n < columns
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + offsets_n, mask=in_columns, other=0.0).to(product.dtype)[None, :]
+    return product * tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(product.dtype)[None, :]
 
 
 @triton.jit
 def _backward_kernel(
-    grad_out_ptr, pre_ptr, mask_ptr, grad_pre_ptr, partial_mask_ptr, partial_bias_ptr,
+    grad_out_ptr, slope_ptr, grad_ptr, partial_ptr,
     rows, columns, stride_grad_out,
-    EIGHTHS: tl.constexpr, ACTIVATION: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    EIGHTHS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N columns of BLOCK_M · STEPS rows."""
@@ -140,22 +218,15 @@ def _backward_kernel(
     chunk = tl.program_id(0) // tiles_n
     offsets_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
-    mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
-    grad_mask = tl.zeros((BLOCK_N,), ACCUMULATOR)
-    grad_bias = tl.zeros((BLOCK_N,), ACCUMULATOR)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     for step in range(STEPS):
         offsets_m = (chunk * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (offsets_m < rows)[:, None] & in_columns[None, :]
         rows_m = offsets_m.to(tl.int64)[:, None]
-        pre = tl.load(pre_ptr + rows_m * columns + offsets_n[None, :], mask=inside, other=0.0).to(ACCUMULATOR)
+        offsets = rows_m * columns + offsets_n[None, :]
+        slope = tl.load(slope_ptr + offsets, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_M, BLOCK_N)
         grad_out_ptrs = grad_out_ptr + rows_m * stride_grad_out + offsets_n[None, :]
-        grad_out = tl.load(grad_out_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
-        # du = dout ⊙ act'(pre ⊙ m), dpre = du ⊙ m
-        grad_masked = activation_backward(grad_out, pre * mask[None, :], ACTIVATION)  # (BLOCK_M, BLOCK_N)
-        grad_pre = grad_masked * mask[None, :]
-        tl.store(grad_pre_ptr + rows_m * columns + offsets_n[None, :], grad_pre, mask=inside)
-        grad_mask += tl.sum(grad_masked * pre, 0)
-        grad_bias += tl.sum(grad_pre, 0)
-    partial_offsets = chunk.to(tl.int64) * columns + offsets_n
-    tl.store(partial_mask_ptr + partial_offsets, grad_mask, mask=in_columns)
-    tl.store(partial_bias_ptr + partial_offsets, grad_bias, mask=in_columns)
+        grad = tl.load(grad_out_ptrs, mask=inside, other=0.0).to(ACCUMULATOR) * slope
+        tl.store(grad_ptr + offsets, grad, mask=inside)
+        sums += grad
+    tl.store(partial_ptr + chunk.to(tl.int64) * columns + offsets_n, tl.sum(sums, 0), mask=in_columns)

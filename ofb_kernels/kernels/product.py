@@ -1,18 +1,79 @@
-"""The product that kernels with an epilogue start from: which tile a program works on, and that tile of A Bᵀ."""
+"""The product that kernels with an epilogue start from: which tile a program works on, and that tile of A Bᵀ.
 
+Two forms. The plain one takes one tile a program and pointers, on any GPU and with any sizes. The persistent one is for
+Hopper and newer: a few programs on each multiprocessor walk over all tiles, and the tensor memory accelerator brings
+the operands and takes the results, so that one tile's epilogue hides behind the next one's product.
+"""
+
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from ofb_kernels.dispatch import INTERPRETED
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
 
 GROUP_M = 8  # consecutive programs share GROUP_M row tiles, so their weight tiles are still in L2
+HOPPER = 90
 
 
 def shared_bytes(configuration: dict, size: int) -> int:
-    """Bytes of shared memory that a block takes at most: the operands' tiles of all pipeline stages.
+    """Bytes of shared memory that a block takes at most: the operands' tiles of all pipeline stages, and in the
+    persistent form two tiles of the epilogue and a barrier for each copy.
 
     `size` is that of an element in bytes.
     """
-    rows = configuration["BLOCK_M"] + configuration["BLOCK_N"]
-    return configuration["num_stages"] * rows * configuration["BLOCK_K"] * size
+    block_m, block_n, stages = (configuration[name] for name in ("BLOCK_M", "BLOCK_N", "num_stages"))
+    operands = stages * (block_m + block_n) * configuration["BLOCK_K"] * size
+    if not is_persistent(configuration):
+        return operands
+    return operands + 2 * block_m * block_n // configuration["HALVES"] * size + 16 * (stages + 1)
+
+
+def is_persistent(configuration: dict) -> bool:
+    return "PROGRAMS" in configuration
+
+
+def describable(*matrices: Tensor) -> bool:
+    """Whether the persistent form can take these: Hopper, half precision, every row at a multiple of 16 bytes."""
+    return all(
+        each.element_size() == 2 and each.stride(1) == 1 and each.stride(0) % 8 == 0 and each.data_ptr() % 16 == 0
+        for each in matrices
+    ) and _has_tensor_memory_accelerator(matrices[0])
+
+
+def _has_tensor_memory_accelerator(like: Tensor) -> bool:
+    if TensorDescriptor is None or INTERPRETED:
+        return TensorDescriptor is not None
+    return _capability(like.device.index) >= HOPPER if like.is_cuda else _target_capability() >= HOPPER
+
+
+@functools.cache
+def _capability(device_index: int) -> int:
+    return _target_capability()
+
+
+def _target_capability() -> int:
+    """Of what Triton compiles for: 90 for Hopper, 0 for another vendor's GPU."""
+    target = driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
+def descriptor(matrix: Tensor, block: tuple[int, int]) -> "TensorDescriptor":
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+
+
+def programs(configuration: dict, tiles: int, like: Tensor) -> tuple[int]:
+    """The persistent form's grid."""
+    multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
+    return (min(tiles, configuration["PROGRAMS"] * multiprocessors),)
 
 
 @triton.jit
@@ -57,3 +118,26 @@ def product_tile(
         a_ptrs += BLOCK_K
         b_ptrs += b_step
     return accumulator
+
+
+@triton.jit
+def described_tile(
+    a_desc, b_desc, start_m, start_n, inner,
+    B_IN_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same through tensor descriptors; what lies outside is zero."""
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_k in range(0, inner, BLOCK_K):
+        a = a_desc.load([start_m, start_k])  # (BLOCK_M, BLOCK_K)
+        if B_IN_COLUMNS:
+            b = b_desc.load([start_k, start_n])  # (BLOCK_K, BLOCK_N)
+        else:
+            b = b_desc.load([start_n, start_k]).T
+        accumulator = tl.dot(a, b, accumulator)
+    return accumulator
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile: an epilogue takes fewer registers for each."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

@@ -49,63 +49,82 @@ def masked_linear(
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     chosen = choose_backend(op, backend, {"x": x, "mask": mask})
     if chosen == "triton":
-        save_pre = needs_grad(x, weight, bias, mask)
-        return torch.ops.ofb_kernels.masked_linear(x, weight, bias, mask, activation, save_pre)[0]
+        keep = needs_grad(x, weight, bias, mask)
+        return torch.ops.ofb_kernels.masked_linear(x, weight, bias, mask, activation, keep)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_linear
     return implementation(x, weight, bias, mask, activation)
 
 
 @torch.library.custom_op("ofb_kernels::masked_linear", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None, save_pre: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
+    """The result, and the activation's slope (M, N), empty unless `keep` and there is an activation."""
     from ofb_kernels.kernels import masked_linear as kernel
 
-    out, pre = kernel.forward(as_rows(x), weight, bias, mask, activation, save_pre)
-    return out.view(*x.shape[:-1], weight.shape[0]), pre
+    out, slope = kernel.forward(as_rows(x), weight, bias, mask, activation, keep)
+    return out.view(*x.shape[:-1], weight.shape[0]), slope
 
 
 @_forward.register_fake
-def _(x, weight, bias, mask, activation, save_pre):
-    rows, columns = count_rows(x) if save_pre else 0, weight.shape[0]
+def _(x, weight, bias, mask, activation, keep):
+    rows, columns = count_rows(x) if keep and activation is not None else 0, weight.shape[0]
     return x.new_empty(*x.shape[:-1], columns), x.new_empty(rows, columns)
 
 
 @torch.library.custom_op("ofb_kernels::masked_linear_backward", mutates_args=())
-def _backward(grad_out: Tensor, pre: Tensor, mask: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    slope: Tensor,
+    activation: str | None,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and mask, empty where they are not needed."""
+    from ofb_kernels.kernels import fold
     from ofb_kernels.kernels import masked_linear as kernel
 
-    return kernel.backward(as_rows(grad_out), pre, mask, activation)
+    grad, sums = kernel.backward(as_rows(grad_out), slope, activation)
+    needs = needs_x, needs_parameters
+    grad_x, *others = fold.linear_gradients(grad, sums, as_rows(x), weight, bias, mask, needs)
+    return grad_x.view(x.shape if needs_x else 0), *others
 
 
 @_backward.register_fake
-def _(grad_out, pre, mask, activation):
-    partial_dtype = torch.promote_types(pre.dtype, torch.float32)
-    columns = pre.new_empty(pre.shape[1], dtype=partial_dtype)
-    return torch.empty_like(pre), columns, torch.empty_like(columns)
+def _(grad_out, x, weight, bias, mask, slope, activation, needs_x, needs_parameters):
+    return empty_gradients(x, weight, bias, mask, needs_x, needs_parameters)
+
+
+def empty_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, needs_x: bool, needs_parameters: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fold.linear_gradients` returns, without values."""
+    grad_x = x.new_empty(x.shape if needs_x else 0)
+    if not needs_parameters:
+        return grad_x, weight.new_empty(0), weight.new_empty(0), mask.new_empty(0)
+    grad_bias = weight.new_empty(0 if bias is None else len(bias))
+    return grad_x, weight.new_empty(weight.shape), grad_bias, mask.new_empty(mask.shape)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, weight, bias, mask, ctx.activation, _ = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, mask, output[1])
+    ctx.save_for_backward(x, weight, bias, mask, output[1])
 
 
-def _autograd_backward(ctx, grad_out, _grad_pre):
+def _autograd_backward(ctx, grad_out, _grad_slope):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
-    x, weight, mask, pre = ctx.saved_tensors
-    grad_pre, grad_mask, grad_bias = torch.ops.ofb_kernels.masked_linear_backward(grad_out, pre, mask, ctx.activation)
-    needs_x, needs_weight, needs_bias, needs_mask, *_ = ctx.needs_input_grad
-    return (
-        (grad_pre @ weight).view_as(x) if needs_x else None,
-        grad_pre.t() @ as_rows(x) if needs_weight else None,
-        grad_bias.to(x.dtype) if ctx.has_bias and needs_bias else None,
-        grad_mask.to(mask.dtype) if needs_mask else None,
-        None,
-        None,
+    needs_x, *needs = ctx.needs_input_grad[:4]
+    gradients = torch.ops.ofb_kernels.masked_linear_backward(
+        grad_out, *ctx.saved_tensors, ctx.activation, needs_x, any(needs)
     )
+    needed = zip((needs_x, *needs), gradients, strict=True)
+    return *(gradient if needs else None for needs, gradient in needed), None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -7,6 +7,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad
+from ofb_kernels.ops.masked_linear import empty_gradients
 from ofb_kernels.rows import as_rows, count_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -25,7 +26,8 @@ def masked_mlp(
     """Two-layer MLP with a mask on its hidden units: fc2(act(fc1(x) ⊙ mask)).
 
     The masked MLP of OFB (Ye et al., CVPR 2024, section 3): the mask meets fc1's output, bias included, before the
-    activation. Differentiable in every tensor. Between forward and backward only fc1's output is kept.
+    activation. Differentiable in every tensor. Between forward and backward the hidden activations are
+    kept, and the activation's slope at each.
 
     Args:
         x: (..., K), any leading shape and strides.
@@ -62,8 +64,7 @@ def masked_mlp(
 
 
 def _triton(*inputs) -> Tensor:
-    keep = needs_grad(*inputs[:-1])
-    return torch.ops.ofb_kernels.masked_mlp(*inputs, keep)[0]
+    return torch.ops.ofb_kernels.masked_mlp(*inputs, needs_grad(*inputs[:-1]))[0]
 
 
 @torch.library.custom_op("ofb_kernels::masked_mlp", mutates_args=())
@@ -77,58 +78,81 @@ def _forward(
     activation: str | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and what the backward needs: `pre` and `hidden`, both (M, N), empty unless `keep`."""
+    """The result, and what the backward needs: the activation's slope and `hidden`, (M, N) each or empty."""
     from ofb_kernels.kernels import masked_linear as kernel
 
-    hidden, pre = kernel.forward(as_rows(x), fc1_weight, fc1_bias, mask, activation, keep)
+    hidden, slope = kernel.forward(as_rows(x), fc1_weight, fc1_bias, mask, activation, keep)
     out = F.linear(hidden, fc2_weight, fc2_bias).view(*x.shape[:-1], fc2_weight.shape[0])
-    return out, pre, hidden if keep else torch.empty_like(pre)
+    return out, slope, hidden if keep else hidden.new_empty(0, hidden.shape[1])
 
 
 @_forward.register_fake
 def _(x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, activation, keep):
-    pre = x.new_empty(count_rows(x) if keep else 0, fc1_weight.shape[0])
-    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), pre, torch.empty_like(pre)
+    columns, rows = fc1_weight.shape[0], count_rows(x) if keep else 0
+    slope = x.new_empty(0 if activation is None else rows, columns)
+    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), slope, x.new_empty(rows, columns)
 
 
 @torch.library.custom_op("ofb_kernels::masked_mlp_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor, fc2_weight: Tensor, pre: Tensor, mask: Tensor, activation: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    mask: Tensor,
+    fc2_weight: Tensor,
+    slope: Tensor,
+    activation: str | None,
+    needs_x: bool,
+    needs_fc1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, fc1's weight and bias and the mask, empty where they are not needed."""
+    from ofb_kernels.kernels import fold
     from ofb_kernels.kernels import masked_mlp as kernel
 
-    return kernel.backward(grad_out, fc2_weight, pre, mask, activation)
+    grad, sums = kernel.backward(as_rows(grad_out), fc2_weight, slope, activation)
+    grad_x, *others = fold.linear_gradients(grad, sums, as_rows(x), fc1_weight, fc1_bias, mask, (needs_x, needs_fc1))
+    return grad_x.view(x.shape if needs_x else 0), *others
 
 
 @_backward.register_fake
-def _(grad_out, fc2_weight, pre, mask, activation):
-    columns = pre.new_empty(pre.shape[1], dtype=torch.promote_types(pre.dtype, torch.float32))
-    return torch.empty_like(pre), columns, torch.empty_like(columns)
+def _(grad_out, x, fc1_weight, fc1_bias, mask, fc2_weight, slope, activation, needs_x, needs_fc1):
+    return empty_gradients(x, fc1_weight, fc1_bias, mask, needs_x, needs_fc1)
+
+
+@torch.library.custom_op("ofb_kernels::column_sums", mutates_args=())
+def _column_sums(matrix: Tensor) -> Tensor:
+    from ofb_kernels.kernels.column_sums import column_sums
+
+    return column_sums(matrix, matrix.dtype)
+
+
+@_column_sums.register_fake
+def _(matrix):
+    return matrix.new_empty(matrix.shape[1])
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, ctx.activation, _ = inputs
-    ctx.has_fc1_bias, ctx.has_fc2_bias = fc1_bias is not None, fc2_bias is not None
-    ctx.save_for_backward(x, fc1_weight, mask, fc2_weight, *output[1:])
+    x, fc1_weight, fc1_bias, mask, fc2_weight, _, ctx.activation, _ = inputs
+    ctx.save_for_backward(x, fc1_weight, fc1_bias, mask, fc2_weight, *output[1:])
 
 
-def _autograd_backward(ctx, grad_out, _grad_pre, _grad_hidden):
+def _autograd_backward(ctx, grad_out, _grad_slope, _grad_hidden):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
-    x, fc1_weight, mask, fc2_weight, pre, hidden = ctx.saved_tensors
-    grad_out = as_rows(grad_out)
-    grad_pre, grad_mask, grad_fc1_bias = torch.ops.ofb_kernels.masked_mlp_backward(
-        grad_out, fc2_weight, pre, mask, ctx.activation
-    )
-    needs_x, needs_fc1_weight, needs_fc1_bias, needs_mask, needs_fc2_weight, needs_fc2_bias, *_ = ctx.needs_input_grad
+    *inputs, slope, hidden = ctx.saved_tensors
+    needs_x, *needs_fc1, needs_fc2_weight, needs_fc2_bias = ctx.needs_input_grad[:6]
+    gradients = (None,) * 4
+    if needs_x or any(needs_fc1):
+        gradients = torch.ops.ofb_kernels.masked_mlp_backward(
+            grad_out, *inputs, slope, ctx.activation, needs_x, any(needs_fc1)
+        )
+    grad_rows = as_rows(grad_out)
     return (
-        (grad_pre @ fc1_weight).view_as(x) if needs_x else None,
-        grad_pre.t() @ as_rows(x) if needs_fc1_weight else None,
-        grad_fc1_bias.to(x.dtype) if ctx.has_fc1_bias and needs_fc1_bias else None,
-        grad_mask.to(mask.dtype) if needs_mask else None,
-        grad_out.t() @ hidden if needs_fc2_weight else None,
-        grad_out.sum(0) if ctx.has_fc2_bias and needs_fc2_bias else None,
+        *(gradient if needs else None for needs, gradient in zip((needs_x, *needs_fc1), gradients, strict=True)),
+        grad_rows.t() @ hidden if needs_fc2_weight else None,
+        torch.ops.ofb_kernels.column_sums(grad_rows) if needs_fc2_bias else None,
         None,
         None,
     )

@@ -1,0 +1,57 @@
+"""Sums over the rows of a matrix: two launches of the same kernel, no atomics, the same bits every time.
+
+Many short columns are what torch.sum is slowest at: 65 µs for 50,432 × 384 in bfloat16 on an H200, where these take 25.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ofb_kernels.kernels.common import accumulator_dtype, on_device_of, unit_rows
+
+BLOCK_M = 32
+
+
+def column_sums(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Σ over the rows of (M, N), in accumulator precision or `dtype`."""
+    dtype = dtype or torch.promote_types(matrix.dtype, torch.float32)
+    if matrix.numel() == 0:
+        return matrix.new_zeros(matrix.shape[1], dtype=dtype)
+    rows = matrix.shape[0]
+    steps = max(1, triton.next_power_of_2(math.isqrt(rows)) // BLOCK_M)
+    with on_device_of(matrix):
+        partial = _launch(unit_rows(matrix), torch.promote_types(matrix.dtype, torch.float32), steps, BLOCK_N=128)
+        return _launch(partial, dtype, triton.cdiv(len(partial), BLOCK_M), BLOCK_N=32)[0]
+
+
+def _launch(matrix: Tensor, dtype: torch.dtype, steps: int, BLOCK_N: int) -> Tensor:
+    """(chunks, N): the sums of each chunk of BLOCK_M · steps rows."""
+    rows, columns = matrix.shape
+    chunks = triton.cdiv(rows, BLOCK_M * steps)
+    sums = matrix.new_empty((chunks, columns), dtype=dtype)
+    _column_sums_kernel[(triton.cdiv(columns, BLOCK_N), chunks)](
+        matrix, sums, rows, columns, matrix.stride(0), steps,
+        ACCUMULATOR=accumulator_dtype(matrix), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _column_sums_kernel(
+    matrix_ptr, sums_ptr,
+    rows, columns, stride, steps,
+    ACCUMULATOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N columns of one chunk."""
+    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = offsets_n < columns
+    total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    for step in range(steps):
+        offsets_m = (tl.program_id(1) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        pointers = matrix_ptr + offsets_m.to(tl.int64)[:, None] * stride + offsets_n[None, :]
+        inside = (offsets_m < rows)[:, None] & in_columns[None, :]
+        total += tl.load(pointers, mask=inside, other=0.0).to(ACCUMULATOR)
+    tl.store(sums_ptr + tl.program_id(1) * columns + offsets_n, tl.sum(total, 0), mask=in_columns)
