@@ -213,7 +213,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _dtype_of(args: tuple) -> str:
-    return next(str(arg.dtype).removeprefix("torch.") for arg in args if hasattr(arg, "data_ptr"))
+    tensors = (getattr(arg, "base", arg) for arg in args)  # a descriptor's tensor is its base
+    return next(str(tensor.dtype).removeprefix("torch.") for tensor in tensors if hasattr(tensor, "data_ptr"))
 
 
 def _options(function: JITFunction, args: tuple, options: dict) -> dict:

@@ -15,6 +15,7 @@ from benchmarks.compile_only import Recorder, every_configuration
 from benchmarks.floors import SIZES, TINY, Sizes
 from ofb_kernels.kernels import (
     bimask,
+    fold,
     local_norm,
     masked_attention,
     masked_layer_norm,
@@ -82,7 +83,7 @@ def launch_masked_linear(precision: Precision) -> Iterator[str]:
     for activation in ACTIVATIONS:
         _linear(x, weight, mask, activation=activation)
     _linear(x, weight, mask, bias=False)
-    _linear(x, weight, mask, save_pre=False)
+    _linear(x, weight, mask, save_slope=False)
     if dtype != torch.float32:
         yield "16-bit mask"
         _linear(x, weight, mask.to(dtype))
@@ -97,9 +98,9 @@ def launch_masked_linear(precision: Precision) -> Iterator[str]:
     _linear(unaligned(1024, 384, dtype=dtype), unaligned(1536, 384, dtype=dtype), unaligned(1536))
     yield "strided"
     _linear(meta(1024, 1152, dtype=dtype)[:, ::3], meta(384, 1536, dtype=dtype).t(), meta(1536))
-    pre = meta(1024, 1536, dtype=dtype)
+    slope = meta(1024, 1536, dtype=dtype)
     for grad_out in (expanded(1024, 1536, dtype=dtype), meta(1536, 1024, dtype=dtype).t()):
-        masked_linear.backward(grad_out, pre, meta(1536), "gelu")
+        masked_linear.backward(grad_out, slope, "gelu")
 
 
 def _linear(
@@ -108,45 +109,43 @@ def _linear(
     mask: Tensor,
     activation: str | None = "gelu",
     bias: bool = True,
-    save_pre: bool = True,
+    save_slope: bool = True,
 ) -> None:
     bias = mask.to(x.dtype) if bias else None
-    out, pre = masked_linear.forward(x, weight, bias, mask, activation, save_pre)
-    if save_pre:
-        masked_linear.backward(out, pre, mask, activation)
+    out, slope = masked_linear.forward(x, weight, bias, mask, activation, save_slope)
+    if save_slope:
+        grad, sums = masked_linear.backward(out, slope, activation)
+        fold.linear_gradients(grad, sums, x, weight, bias, mask, (True, True))
 
 
 def launch_masked_mlp(precision: Precision) -> Iterator[str]:
     dtype = precision.dtype
     yield "timed"
     for sizes in TIMED:
-        _mlp(sizes.rows, sizes.width, sizes.hidden, meta(sizes.hidden), dtype)
+        _mlp(sizes.rows, sizes.width, sizes.hidden, dtype)
     if precision.main_sizes_only:
         return
     yield "options"
     for activation in ACTIVATIONS:
-        _mlp(1024, 384, 1536, meta(1536), dtype, activation)
-    if dtype != torch.float32:
-        yield "16-bit mask"
-        _mlp(1024, 384, 1536, meta(1536, dtype=dtype), dtype)
+        _mlp(1024, 384, 1536, dtype, activation)
     yield "multiples of 8"
     pruned = [(sizes.rows, sizes.width, sizes.hidden) for sizes in PRUNED]
     for rows, width, hidden in (*pruned, (50_432, 384, 1000), (50_432, 328, 384)):
-        _mlp(rows, width, hidden, meta(hidden), dtype)
+        _mlp(rows, width, hidden, dtype)
     yield "odd"
     for rows, width, hidden in ((577, 384, 1536), (1, 17, 9)):
-        _mlp(rows, width, hidden, meta(hidden), dtype)
+        _mlp(rows, width, hidden, dtype)
     yield "unaligned"
     shapes = (1024, 384), (384, 1536), (1024, 1536)
-    masked_mlp.backward(*(unaligned(*shape, dtype=dtype) for shape in shapes), unaligned(1536), "gelu")
+    masked_mlp.backward(*(unaligned(*shape, dtype=dtype) for shape in shapes), "gelu")
     yield "strided"
-    transposed, pre = meta(1536, 384, dtype=dtype).t(), meta(1024, 1536, dtype=dtype)
-    masked_mlp.backward(expanded(1024, 384, dtype=dtype), transposed, pre, meta(1536), "gelu")
+    transposed, slope = meta(1536, 384, dtype=dtype).t(), meta(1024, 1536, dtype=dtype)
+    masked_mlp.backward(expanded(1024, 384, dtype=dtype), transposed, slope, "gelu")
 
 
-def _mlp(rows: int, width: int, hidden: int, mask: Tensor, dtype: torch.dtype, activation: str | None = "gelu") -> None:
+def _mlp(rows: int, width: int, hidden: int, dtype: torch.dtype, activation: str | None = "gelu") -> None:
     grad_out, fc2_weight = meta(rows, width, dtype=dtype), meta(width, hidden, dtype=dtype)
-    masked_mlp.backward(grad_out, fc2_weight, meta(rows, hidden, dtype=dtype), mask, activation)
+    masked_mlp.backward(grad_out, fc2_weight, meta(rows, hidden, dtype=dtype), activation)
 
 
 def launch_masked_attention(precision: Precision) -> Iterator[str]:
