@@ -113,7 +113,7 @@ def more(settings: Settings) -> list[Part]:
     return [
         Part("compiled steps", beside, most=160, least=60, in_turns=True),
         Part("other networks", [*base, half], most=45, least=20, in_turns=True),
-        Part("search", [search], most=100, least=20, in_turns=True),
+        Part("search", [search], most=100, least=45, in_turns=True),
         Part("memcheck", memcheck, most=60, least=35),
         Part("racecheck", racecheck, most=60, least=35, spare=True),
         Part("compiled ops", compiled_ops, most=100, least=50, in_turns=True, spare=True),
