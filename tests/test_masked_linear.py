@@ -153,3 +153,13 @@ def test_bad_input(change, error, message):
     arguments = make_inputs((3,), 8, 6, torch.float32, "cpu") | change
     with pytest.raises(error, match=message):
         masked_linear(**arguments)
+
+
+def test_a_row_that_begins_anywhere_follows_one_that_is_aligned(device):
+    """Rows that begin at multiples of 16 bytes take the persistent kernel, others of the same sizes the plain one."""
+    inputs = make_inputs((33,), 24, 40, torch.float16, device)
+    check_op(masked_linear, inputs, {"activation": "gelu"}, "triton", reduction=40)
+    for name in ("x", "weight"):
+        moved = torch.empty(inputs[name].numel() + 1, dtype=torch.float16, device=device)[1:].view_as(inputs[name])
+        other = inputs | {name: moved.copy_(inputs[name])}
+        check_op(masked_linear, other, {"activation": "gelu"}, "triton", reduction=40)

@@ -94,10 +94,9 @@ def forward(
 
     if out.numel() > 0:
         size = x.element_size()
-        candidates = FORWARD_CONFIGURATIONS[size]
+        kernel, candidates = f"masked_linear.forward {size} bytes", FORWARD_CONFIGURATIONS[size]
         if inner > 0 and describable(x, weight, out):
-            candidates = PERSISTENT_FORWARD_CONFIGURATIONS + candidates
-        kernel = f"masked_linear.forward {size} bytes"
+            kernel, candidates = f"{kernel}, described", PERSISTENT_FORWARD_CONFIGURATIONS + candidates
         with on_device_of(x):
             run_configured(kernel, candidates, (rows, columns, inner), x, launch, lambda c: shared_bytes(c, size))
     return out, slope

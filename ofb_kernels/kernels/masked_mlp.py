@@ -103,11 +103,10 @@ def backward(
 
     if slope.numel() == 0:
         return grad, slope.new_zeros(columns, dtype=partial_dtype)
-    size = slope.element_size()
-    candidates = BACKWARD_CONFIGURATIONS[size]
+    size, sizes = slope.element_size(), (rows, columns, inner)
+    kernel, candidates = f"masked_mlp.backward {size} bytes", BACKWARD_CONFIGURATIONS[size]
     if inner > 0 and describable(grad_out, weight, slope):
-        candidates = PERSISTENT_BACKWARD_CONFIGURATIONS + candidates
-    kernel, sizes = f"masked_mlp.backward {size} bytes", (rows, columns, inner)
+        kernel, candidates = f"{kernel}, described", PERSISTENT_BACKWARD_CONFIGURATIONS + candidates
     with on_device_of(slope):
         return grad, run_configured(kernel, candidates, sizes, slope, launch, lambda c: shared_bytes(c, size))
 
