@@ -145,5 +145,5 @@ def reconstruction_loss(
     row, column = areas // blocks.shape[4], areas % blocks.shape[4]
     image = torch.arange(len(images), device=images.device)[:, None]
     target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p·q)
-    error = (decoded.float() - target).abs().mean(2)  # (B, K)
-    return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1)
+    error = torch.linalg.vector_norm(decoded - target, 1, 2)  # (B, K)
+    return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1) / decoded.shape[2]
