@@ -1,6 +1,6 @@
 """timm's layers under masks that the families share: patch embedding, norms, residual branches, activations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,10 +118,16 @@ def add_norm(
         x = torch.addcmul(x, branch, drop_path(branch_mask.expand(len(x), 1, -1)))
         return x, masked_norm(norm, x, norm_mask)
     drops = drop_path.training and not isinstance(drop_path, nn.Identity)
-    sample_scale = drop_path(branch_mask.new_ones(len(x))) if drops else None
+    # Dropout of ones is what drop path multiplies by, and one kernel where its own arithmetic is three.
+    sample_scale = F.dropout(branch_mask.new_ones(len(x)), drop_path.drop_prob) if drops else None
     return masked_add_layer_norm(
         x, branch, branch_mask, norm.weight, norm.bias, norm_mask, norm.eps, sample_scale=sample_scale
     )
+
+
+def copies(mask: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """A mask (D,) once for each of its users: their gradients are then summed at once and not added one by one."""
+    return [None] * count if mask is None else mask.expand(count, -1).unbind()
 
 
 def scale_rows(layer: nn.Module, scale: Tensor) -> None:
