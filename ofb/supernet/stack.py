@@ -1,5 +1,6 @@
 """Stacks: what the bi-masks of all submodules compute in a step, together in a constant number of operator calls."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
@@ -147,8 +148,8 @@ class Padding(nn.Module):
 
     def forward(self, flat: Tensor, fill: float | bool) -> Tensor:
         """(S, rows, columns), with `fill` where a matrix has no entry."""
-        padded = flat.new_full(self.shape, fill).flatten()
-        return padded.index_copy(0, self.places, flat).view(self.shape)
+        padded = flat.new_full((math.prod(self.shape),), fill)
+        return padded.index_copy_(0, self.places, flat).view(self.shape)
 
     def take(self, padded: Tensor) -> Tensor:
         """The entries of all matrices, flat and one after the other."""

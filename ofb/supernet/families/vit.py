@@ -132,9 +132,9 @@ def features(
     residual_copies, norm_copies = (copies(mask, 2 * len(blocks)) for mask in (residual_mask, norm_mask))
     for i, (block, next_norm) in enumerate(zip(blocks, [*(b.norm1 for b in blocks[1:]), model.norm], strict=True)):
         pair = slice(2 * i, 2 * i + 2)
-        inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), residual_copies[pair])
-        inputs += (norm_copies[pair], norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"), rope)
-        inputs += (norm_masks.get(TOKENS),)
+        inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten())
+        inputs += (residual_copies[pair], norm_copies[pair], norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"))
+        inputs += (rope, norm_masks.get(TOKENS))
         if model.grad_checkpointing and torch.is_grad_enabled():
             x, normalized = checkpoint(_block, block, next_norm, *inputs, use_reentrant=False)
         else:
