@@ -6,9 +6,10 @@ import torch
 from ofb.supernet import adaptive_one_hot_loss
 from ofb.supernet.bimask import BiMask
 from ofb.supernet.search_space import Candidates
-from ofb.supernet.stack import Padding, Stack, Stacks
+from ofb.supernet.stack import Padding, Stacks
 
 LAM = torch.tensor(0.3)
+PENALTIES = {"attention": 0.0, "others": 0.01}
 
 
 def make_bimasks() -> dict[str, BiMask]:
@@ -22,7 +23,7 @@ def make_bimasks() -> dict[str, BiMask]:
 
 def test_masks_and_their_gradients():
     bimasks = make_bimasks()
-    masks = Stack(bimasks).masks(LAM)
+    masks = Stacks(bimasks, PENALTIES).masks(LAM)
     cotangents = {name: torch.randn_like(mask) for name, mask in masks.items()}
     torch.autograd.backward(list(masks.values()), list(cotangents.values()))
     for name, bimask in bimasks.items():
@@ -41,7 +42,7 @@ def test_expected_sizes():
         bimasks["b"].alpha.zero_()
     a = (0.1 * 6 + 0.2 * 16 + 0.3 * 12 + 0.3 * 20 + 0.1 * 32) / (0.1 + 0.2 + 0.3 + 0.3 + 0.1)
     b = sum(heads * channels for heads in (1, 2, 3) for channels in (4, 6)) / 6
-    heads, units = Stack(bimasks).expected_sizes()
+    heads, units = Stacks(bimasks, PENALTIES).expected_sizes()
     assert heads.tolist() == pytest.approx([(0.3 * 2 + 0.7 * 4), 2, 2])
     assert units.tolist() == pytest.approx([a, b, 14])
 
@@ -50,7 +51,7 @@ def test_one_hot_loss_is_that_of_the_open_submodules():
     bimasks = make_bimasks()
     penalized = [0.01 * bimasks[name].score.sigmoid().sum() for name in "ab"]
     losses = [adaptive_one_hot_loss(bimasks[name].alpha, bimasks[name].alive) for name in "ab"]
-    torch.testing.assert_close(Stack(bimasks).one_hot_loss(0.01), sum(penalized + losses))
+    torch.testing.assert_close(Stacks(bimasks, PENALTIES).one_hot_loss(), sum(penalized + losses))
 
 
 def test_padding_there_and_back():
@@ -63,12 +64,28 @@ def test_padding_there_and_back():
 
 def test_attention_has_a_score_penalty_of_its_own():
     bimasks = {name: BiMask(Candidates((2, 4), (2, 4))) for name in ("attn0", "mlp0")}
-    stacks = Stacks(bimasks)
-    plain = stacks.one_hot_loss({"attention": 0.0, "others": 0.0})
+    plain = Stacks(bimasks, {"attention": 0.0, "others": 0.0}).one_hot_loss()
     importance = {name: bimask.score.sigmoid().sum() for name, bimask in bimasks.items()}
     for penalties in ({"attention": 2.0, "others": 0.0}, {"attention": 0.0, "others": 3.0}):
         expected = penalties["attention"] * importance["attn0"] + penalties["others"] * importance["mlp0"]
-        torch.testing.assert_close(stacks.one_hot_loss(penalties) - plain, expected)
+        torch.testing.assert_close(Stacks(bimasks, penalties).one_hot_loss() - plain, expected)
+
+
+def test_masks_of_some_submodules():
+    stacks = Stacks({name: BiMask(Candidates((2, 4), (2, 4))) for name in ("mlp0", "attn0")}, PENALTIES)
     assert stacks.names == ["attn0", "mlp0"]
-    lam = torch.tensor(0.5)
-    assert set(stacks.masks(lam)) == {"attn0", "mlp0"} and set(stacks.masks(lam, {"mlp0"})) == {"mlp0"}
+    assert set(stacks.masks(LAM)) == {"attn0", "mlp0"} and set(stacks.masks(LAM, names={"mlp0"})) == {"mlp0"}
+
+
+def test_what_is_joined_once_gives_the_same_gradients():
+    bimasks = make_bimasks() | {"attn0": BiMask(Candidates((2, 4), (2, 4)))}
+    stacks = Stacks(bimasks, {"attention": 0.3, "others": 0.01})
+    learned = [parameter for each in bimasks.values() for parameter in (each.score, each.alpha)]
+
+    def gradients(joined):
+        heads, units = stacks.expected_sizes(joined)
+        squares = sum(mask.square().sum() for mask in stacks.masks(LAM, joined).values())
+        return torch.autograd.grad(squares + stacks.one_hot_loss(joined) + (heads * units).sum(), learned)
+
+    for got, expected in zip(gradients(stacks.join()), gradients(None), strict=True):
+        torch.testing.assert_close(got, expected)

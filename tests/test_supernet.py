@@ -221,7 +221,7 @@ def test_calls_grow_neither_with_candidates_nor_with_blocks():
         options = {"embed_dim": embed_dim, "num_heads": embed_dim // 8, "depth": depth}
         supernet = make_supernet(model_options=options)
         with CountCalls() as count:
-            one_hot = supernet.stacks.one_hot_loss(supernet.score_penalties)
+            one_hot = supernet.stacks.one_hot_loss()
             macs = supernet.goals(*supernet._expected_sizes())
             (one_hot + macs).backward()
             masks = supernet._masks()
@@ -278,7 +278,7 @@ def test_reconstruction_compares_each_patch_with_its_own_pixels(monkeypatch):
 
     embeddings = supernet.model.patch_embed(images)
     replaced = replace_patches(embeddings, area, patches, masked, mask_token)
-    tokens, _ = supernet._tokens_and_logits(replaced)
+    tokens, _ = supernet._tokens_and_logits(replaced, supernet._all_masks())
     decoded = supernet.masked_images.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
     picture = torch.nn.functional.pixel_shuffle(decoded.mT.unflatten(2, (4, 4)), 4)
     counts = torch.zeros(8, 16, dtype=torch.bool).scatter(1, patches, masked.expand(8, -1)).view(8, 4, 4)

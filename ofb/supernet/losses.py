@@ -88,6 +88,8 @@ def budget_loss(expected: Tensor, goals: Tensor, dense: Tensor) -> Tensor:
     # nearest to it: one-sided losses alone would let a network shrink away from everything it may spend, and two-sided
     # ones would draw it beyond the tighter budget towards the looser one.
     excess = (expected - goals) / dense
+    if len(excess) == 1:
+        return excess.square().sum()
     return excess.clamp(min=0).square().sum() + excess.max().clamp(max=0).square()
 
 

@@ -121,6 +121,14 @@ def replace_patches(embeddings: Tensor, area: TokenArea, areas: Tensor, masked: 
     return torch.where(replaced[..., None], mask_token.to(embeddings.dtype), embeddings)
 
 
+def blocks_of(images: Tensor, pixels: tuple[int, int]) -> Tensor:
+    """(B, C, rows, p, columns, q) of images (B, C, H, W), without what no block of p × q pixels covers at their right
+    and bottom."""
+    p, q = pixels
+    rows, columns = images.shape[2] // p, images.shape[3] // q
+    return images[..., : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
+
+
 def reconstruction_loss(
     decoded: Tensor, images: Tensor, areas: Tensor, masked: Tensor, pixels: tuple[int, int]
 ) -> Tensor:
@@ -133,12 +141,9 @@ def reconstruction_loss(
         masked: (K,) bool, False for areas that do not count.
         pixels: p and q, height and width of an area.
     """
-    p, q = pixels
-    normalized = local_norm(images.float())
-    covered = normalized[..., : images.shape[2] // p * p, : images.shape[3] // q * q]
-    blocks = covered.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # (B, C, H/p, p, W/q, q)
+    blocks = blocks_of(local_norm(images.float()), pixels)
     row, column = areas // blocks.shape[4], areas % blocks.shape[4]
     image = torch.arange(len(images), device=images.device)[:, None]
     target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p·q)
-    error = (decoded.float() - target).abs().mean(2)  # (B, K)
-    return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1)
+    error = torch.linalg.vector_norm(decoded - target, 1, 2)  # (B, K)
+    return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1) / decoded.shape[2]

@@ -1,6 +1,8 @@
-"""Stack: the bi-masks of all submodules of a kind, evaluated together in a constant number of operator calls."""
+"""Stacks: what the bi-masks of all submodules compute in a step, together in a constant number of operator calls."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,22 @@ from ofb_kernels import bimask
 from ofb_kernels.reference import candidate_probabilities
 
 
-class Stack(nn.Module):
-    """What S submodules compute in every step, filled up to the largest one's size.
+class Joined(NamedTuple):
+    """The parameters of several submodules, flat and one after the other.
 
-    A unit that is none has a score of −inf, a candidate that is none is dead. Parameters stay with their bi-masks; the
-    stack knows where they go, and has to be built anew when a size or a candidate is gone.
+    Attributes:
+        score: scores of all units.
+        alpha: logits of all candidates.
+    """
+
+    score: Tensor
+    alpha: Tensor
+
+
+class Stack(nn.Module):
+    """The masks of S submodules, filled up to the largest one's size.
+
+    A unit that is none has a score of −inf, a candidate that is none is dead.
 
     Args:
         bimasks: the submodules, by name.
@@ -25,77 +38,97 @@ class Stack(nn.Module):
         super().__init__()
         self.names = tuple(bimasks)
         self.bimasks = tuple(bimasks.values())  # in a tuple: they are the supernet's children
-        sizes = [each.candidates.full for each in self.bimasks]
-        grids = [tuple(each.alpha.shape) for each in self.bimasks]
-        self.units, self.candidates = Padding(sizes), Padding(grids)
+        self.units = Padding([each.candidates.full for each in self.bimasks])
+        self.candidates = Padding([tuple(each.alpha.shape) for each in self.bimasks])
         self.to(self.bimasks[0].score.device)
-        self.register_buffer("alive", self.candidates(self._all("alive"), False), persistent=False)
+        alive = _flat(each.alive for each in self.bimasks)
+        self.register_buffer("alive", self.candidates(alive, False), persistent=False)
         head_counts = nn.utils.rnn.pad_sequence([each.head_counts for each in self.bimasks], batch_first=True)
         channel_counts = nn.utils.rnn.pad_sequence([each.channel_counts for each in self.bimasks], batch_first=True)
         self.register_buffer("head_counts", head_counts, persistent=False)  # (S, A)
         self.register_buffer("channel_counts", channel_counts, persistent=False)  # (S, B)
 
-    def masks(self, lam: Tensor) -> dict[str, Tensor]:
-        """m (H, d) of every submodule; a final one's is its learned scale."""
-        score = self.units(self._all("score"), -torch.inf)
-        mask = bimask(score, self._alpha(), (self.head_counts, self.channel_counts), lam, self.alive)
+    def masks(self, lam: Tensor, joined: Joined) -> dict[str, Tensor]:
+        """m (H, d) of every submodule, from the parameters of all; a final one's is its learned scale."""
+        score, alpha = self.units(joined.score, -torch.inf), self.candidates(joined.alpha, 0.0)
+        mask = bimask(score, alpha, (self.head_counts, self.channel_counts), lam, self.alive)
         parts = self.units.take(mask).split([each.candidates.units for each in self.bimasks])
         return {
             name: each.mask(lam) if each.final else part.view(each.candidates.full)
             for name, each, part in zip(self.names, self.bimasks, parts, strict=True)
         }
 
-    def expected_sizes(self) -> tuple[Tensor, Tensor]:
-        """Σ p · size in heads (S,) and in units (S,) of every submodule, differentiable in alpha."""
-        p = candidate_probabilities(self._alpha(), self.alive)
-        by_heads = p * self.head_counts[:, :, None]
-        return by_heads.sum((1, 2)), (by_heads * self.channel_counts[:, None]).sum((1, 2))
 
-    def one_hot_loss(self, score_penalty: float) -> Tensor:
-        """Σ over the open submodules of the adaptive one-hot loss plus score_penalty · Σ S."""
-        importance = self.units(self._all("score"), -torch.inf).sigmoid().sum((1, 2))
-        candidates_left = self.alive.sum((1, 2))
-        one_hot = one_hot_losses(self._alpha().flatten(1), self.alive.flatten(1))
-        return (one_hot + score_penalty * importance * (candidates_left > 1)).sum()
+class Stacks(nn.Module):
+    """What the submodules of a supernet compute in every step.
 
-    def _all(self, attribute: str) -> Tensor:
-        return torch.cat([getattr(each, attribute).flatten() for each in self.bimasks])
-
-    def _alpha(self) -> Tensor:
-        return self.candidates(self._all("alpha"), 0.0)
-
-
-class Stacks(nn.ModuleDict):
-    """The bi-masks of a supernet in two stacks: attention has heads, the rest has none, and would be mostly filling.
+    Masks come from two stacks: attention has heads, the rest has none, and would be mostly filling. For expected sizes
+    and the one-hot loss every submodule is a row of candidates. Parameters stay with their bi-masks; the stacks know
+    where they go, and have to be built anew when a size or a candidate is gone.
 
     Args:
         bimasks: the submodules, by name.
+        score_penalties: weights of Σ S in the one-hot loss, of "attention" and "others".
     """
 
-    def __init__(self, bimasks: Mapping[str, BiMask]) -> None:
+    def __init__(self, bimasks: Mapping[str, BiMask], score_penalties: Mapping[str, float]) -> None:
+        super().__init__()
         kinds = {"attention": {}, "others": {}}
         for name, each in bimasks.items():
             kinds["attention" if name.startswith("attn") else "others"][name] = each
-        super().__init__({kind: Stack(members) for kind, members in kinds.items()})
+        self.stacks = nn.ModuleList(Stack(members) for members in kinds.values() if members)
+        self.bimasks = tuple(each for members in kinds.values() for each in members.values())
+        self.candidates = Padding([(1, each.alpha.numel()) for each in self.bimasks])
+        self.to(self.bimasks[0].score.device)
+        heads = (each.head_counts[:, None].expand_as(each.alpha) for each in self.bimasks)
+        units = (each.head_counts[:, None] * each.channel_counts for each in self.bimasks)
+        penalties = (
+            torch.full_like(each.score, score_penalties[kind]) * (each.alive.sum() > 1)
+            for kind, members in kinds.items()
+            for each in members.values()
+        )
+        self.register_buffer("alive", self._rows(each.alive for each in self.bimasks), persistent=False)  # (S, K)
+        self.register_buffer("heads", self._rows(heads), persistent=False)  # (S, K)
+        self.register_buffer("units", self._rows(units), persistent=False)  # (S, K)
+        self.register_buffer("penalties", _flat(penalties), persistent=False)  # of the S of each unit
 
     @property
     def names(self) -> list[str]:
         """The submodules in the order of the expected sizes."""
-        return [name for stack in self.values() for name in stack.names]
+        return [name for stack in self.stacks for name in stack.names]
 
-    def masks(self, lam: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    def join(self) -> Joined:
+        """All parameters as they are now, for several of the methods below: the gradients from all of them then meet
+        in a few tensors, and not in each of the many parameters."""
+        return Joined(_flat(each.score for each in self.bimasks), _flat(each.alpha for each in self.bimasks))
+
+    def masks(
+        self, lam: Tensor, joined: Joined | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """m (H, d) of every submodule, or at least of those named."""
-        wanted = [stack for stack in self.values() if names is None or any(name in names for name in stack.names)]
-        return {name: mask for stack in wanted for name, mask in stack.masks(lam).items()}
+        joined, masks = joined or self.join(), {}
+        scores = joined.score.split([len(stack.units.places) for stack in self.stacks])
+        alphas = joined.alpha.split([len(stack.candidates.places) for stack in self.stacks])
+        for stack, score, alpha in zip(self.stacks, scores, alphas, strict=True):
+            if names is None or any(name in names for name in stack.names):
+                masks |= stack.masks(lam, Joined(score, alpha))
+        return masks
 
-    def expected_sizes(self) -> tuple[Tensor, Tensor]:
-        """Expected heads (S,) and units (S,) of all submodules."""
-        heads, units = zip(*(stack.expected_sizes() for stack in self.values()), strict=True)
-        return torch.cat(heads), torch.cat(units)
+    def expected_sizes(self, joined: Joined | None = None) -> tuple[Tensor, Tensor]:
+        """Σ p · size in heads (S,) and in units (S,) of every submodule, differentiable in alpha."""
+        joined = joined or self.join()
+        p = candidate_probabilities(self.candidates(joined.alpha, 0.0), self.alive[:, None]).squeeze(1)
+        return (p * self.heads).sum(1), (p * self.units).sum(1)
 
-    def one_hot_loss(self, score_penalties: Mapping[str, float]) -> Tensor:
-        """Σ over all open submodules; Σ S is weighed by the penalty of the stack, "attention" or "others"."""
-        return sum(stack.one_hot_loss(score_penalties[kind]) for kind, stack in self.items())
+    def one_hot_loss(self, joined: Joined | None = None) -> Tensor:
+        """Σ over the open submodules of the adaptive one-hot loss plus score penalty · Σ S."""
+        joined = joined or self.join()
+        one_hot = one_hot_losses(self.candidates(joined.alpha, 0.0).squeeze(1), self.alive)
+        return one_hot.sum() + (self.penalties * joined.score.sigmoid()).sum()
+
+    def _rows(self, matrices: Iterable[Tensor]) -> Tensor:
+        """(S, K) of a matrix (A, B) of each submodule, filled up with 0."""
+        return self.candidates(_flat(matrices), 0).squeeze(1)
 
 
 class Padding(nn.Module):
@@ -115,9 +148,14 @@ class Padding(nn.Module):
 
     def forward(self, flat: Tensor, fill: float | bool) -> Tensor:
         """(S, rows, columns), with `fill` where a matrix has no entry."""
-        padded = flat.new_full(self.shape, fill).flatten()
-        return padded.index_copy(0, self.places, flat).view(self.shape)
+        padded = flat.new_full((math.prod(self.shape),), fill)
+        return padded.index_copy_(0, self.places, flat).view(self.shape)
 
     def take(self, padded: Tensor) -> Tensor:
         """The entries of all matrices, flat and one after the other."""
         return padded.flatten().index_select(0, self.places)
+
+
+def _flat(matrices: Iterable[Tensor]) -> Tensor:
+    """The entries of all matrices, one after the other."""
+    return torch.cat([matrix.flatten() for matrix in matrices])

@@ -24,12 +24,13 @@ from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, keep_units
 from ofb.supernet.schedules import Course
 from ofb.supernet.search_space import TOKENS, SearchSpace
-from ofb.supernet.stack import Stacks
+from ofb.supernet.stack import Joined, Stacks
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
 
 RESIDUAL_MASKS = ("stream", "input")
 SCORE_INITS = ("taylor", "magnitude", "random")
+AllMasks = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 class Supernet(nn.Module):
@@ -216,7 +217,8 @@ class Supernet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of the masked network, no patch replaced."""
         with self._backend():
-            return self._tokens_and_logits(self.family.patch_embeddings(self.model, images))[1]
+            patches = self.family.patch_embeddings(self.model, images)
+            return self._tokens_and_logits(patches, self._all_masks())[1]
 
     def loss(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Losses:
         """All losses of a search step from one forward pass.
@@ -234,8 +236,9 @@ class Supernet(nn.Module):
             zero = torch.zeros_like(classification)
             return Losses(classification, classification.detach(), zero, zero, zero)
         with self._backend():
-            logits, rebuilt = self._logits_and_reconstruction(images)
-            one_hot, macs = self.stacks.one_hot_loss(self.score_penalties), self.goals(*self._expected_sizes())
+            joined = self.stacks.join()
+            logits, rebuilt = self._logits_and_reconstruction(images, self._all_masks(joined))
+            one_hot, macs = self.stacks.one_hot_loss(joined), self.goals(*self._expected_sizes(joined))
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_factor * one_hot + self.macs_weight * macs + balance * rebuilt
@@ -357,7 +360,7 @@ class Supernet(nn.Module):
         if self.masked_images is None:
             raise ValueError("reconstruct: expected a supernet with masked image modelling, got mask_ratio_end=0")
         with self._backend():
-            tokens, _, *places = self._hidden_tokens(images)
+            tokens, _, *places = self._hidden_tokens(images, self._all_masks())
             return self.masked_images.pictures(tokens, images, *places)
 
     def parameter_groups(
@@ -401,57 +404,62 @@ class Supernet(nn.Module):
 
     # ---- parts ----
 
-    def _logits_and_reconstruction(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits_and_reconstruction(self, images: Tensor, all_masks: AllMasks) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
         if self.masked_images is None:
-            _, logits = self._tokens_and_logits(self.family.patch_embeddings(self.model, images))
+            _, logits = self._tokens_and_logits(self.family.patch_embeddings(self.model, images), all_masks)
             return logits, logits.new_zeros((), dtype=torch.float32)
-        tokens, logits, *places = self._hidden_tokens(images)
+        tokens, logits, *places = self._hidden_tokens(images, all_masks)
         return logits, self.masked_images.loss(tokens, images, *places)
 
-    def _hidden_tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def _hidden_tokens(
+        self, images: Tensor, all_masks: AllMasks
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Patch tokens (B, N, D) and logits (B, classes) with the present share of patches hidden; which are drawn and
         masked, and the positions of the tokens."""
         embeddings = self.family.patch_embeddings(self.model, images)  # (B, P, D)
         kept = kept_patches(self.model)
         positions = None if kept is None else kept.positions
         hidden, drawn, masked = self.masked_images.hide(embeddings, self.mask_ratio, positions)
-        tokens, logits = self._tokens_and_logits(hidden)
+        tokens, logits = self._tokens_and_logits(hidden, all_masks)
         return self.family.patch_tokens(self.model, tokens), logits, drawn, masked, positions
 
-    def _tokens_and_logits(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokens_and_logits(self, patches: Tensor, all_masks: AllMasks) -> tuple[Tensor, Tensor]:
         """Tokens after the final norm (B, N, D) and logits (B, classes), from patch embeddings (B, patches, D)."""
-        masks = self._masks()
-        all_masks = masks, self._residual_masks(masks), self._norm_masks()
         tokens = self.family.features(self.model, patches, *all_masks)
         return tokens, self.family.logits(self.model, tokens, *all_masks)
 
-    def _masks(self) -> dict[str, Tensor]:
+    def _all_masks(self, joined: Joined | None = None) -> AllMasks:
+        """What the family multiplies in: masks, residual masks and norm masks."""
+        masks = self._masks(joined)
+        return masks, self._residual_masks(masks), self._norm_masks(joined)
+
+    def _masks(self, joined: Joined | None = None) -> dict[str, Tensor]:
         if self.finished:
             return {name: bimask.mask(self.lam) for name, bimask in self.bimasks.items()}
-        return self.stacks.masks(self.lam)
+        return self.stacks.masks(self.lam, joined)
 
     def _residual_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """m (D,) of each residual width, with which the blocks' outputs are masked; empty where they are not."""
         return {width: masks[width].flatten() for width in self.macs.widths} if self.residual_mask == "stream" else {}
 
-    def _norm_masks(self) -> dict[str, Tensor]:
+    def _norm_masks(self, joined: Joined | None = None) -> dict[str, Tensor]:
         """V, flat, of the open submodules that a norm weighs: widths, and those with a norm inside their block."""
         widths = self.macs.widths if self.residual_mask == "stream" else ()
         sparsity = {name: self.bimasks[name].sparsity() for name in widths}
-        inside = self.stacks.masks(torch.zeros_like(self.lam), self.normed)
+        inside = self.stacks.masks(torch.zeros_like(self.lam), joined, self.normed) if self.normed else {}
         sparsity |= {name: v for name, v in inside.items() if name in self.normed}
         return {name: v.flatten() for name, v in sparsity.items() if not self.bimasks[name].final}
 
-    def _expected_sizes(self) -> tuple[Tensor, ...]:
+    def _expected_sizes(self, joined: Joined | None = None) -> tuple[Tensor, ...]:
         """Expected heads (S,) and units (S,) of all submodules, and the probabilities of the numbers of patches (K,)
         where these are searched."""
-        sizes = self.stacks.expected_sizes()
+        sizes = self.stacks.expected_sizes(joined)
         return (*sizes, self.bimasks[TOKENS].probabilities().flatten()) if self.searches_tokens else sizes
 
     def _build_stacks(self) -> None:
         self.revision += 1
-        self.stacks = Stacks(self.bimasks)
+        self.stacks = Stacks(self.bimasks, self.score_penalties)
 
     def _set_schedules(self) -> None:
         self.lam.fill_(self.course.lam(self.steps))

@@ -5,7 +5,7 @@ tokens are pooled by attention, and "tokens" where the number of patches is sear
 timm's Eva has the same anatomy but for what `families.eva` says, and shares these functions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -19,6 +19,7 @@ from ofb.supernet.families import attentions, mlps, pools, tokens
 from ofb.supernet.families.layers import (
     Submodule,
     add_norm,
+    copies,
     masked_norm,
     patch_embeddings,
     present,
@@ -128,9 +129,12 @@ def features(
     x = masked_norm(model.norm_pre, x, norm_mask) * masks["embed"]
     blocks = list(model.blocks)
     normalized = masked_norm(blocks[0].norm1, x, norm_mask)
+    residual_copies, norm_copies = (copies(mask, 2 * len(blocks)) for mask in (residual_mask, norm_mask))
     for i, (block, next_norm) in enumerate(zip(blocks, [*(b.norm1 for b in blocks[1:]), model.norm], strict=True)):
-        inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), residual_mask, norm_mask)
-        inputs += (norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"), rope, norm_masks.get(TOKENS))
+        pair = slice(2 * i, 2 * i + 2)
+        inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten())
+        inputs += (residual_copies[pair], norm_copies[pair], norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"))
+        inputs += (rope, norm_masks.get(TOKENS))
         if model.grad_checkpointing and torch.is_grad_enabled():
             x, normalized = checkpoint(_block, block, next_norm, *inputs, use_reentrant=False)
         else:
@@ -245,21 +249,21 @@ def _block(
     normalized: Tensor,
     attention_mask: Tensor,
     mlp_mask: Tensor,
-    residual_mask: Tensor | None,
-    norm_mask: Tensor | None,
+    residual_masks: Sequence[Tensor | None],
+    norm_masks: Sequence[Tensor | None],
     attention_norm_mask: Tensor | None,
     mlp_norm_mask: Tensor | None,
     rope: Tensor | None,
     key_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A transformer block with masks, from norm to norm: it takes the stream and its norm1, and returns the new stream
-    and what the next norm makes of it."""
+    and what the next norm makes of it. Residual and norm masks are given for the attention and for the MLP."""
     bias = None if key_weight is None else tokens.attention_bias(key_weight, x.shape[1], len(attention_mask))
     branch = attentions.masked_forward(block.attn, normalized, attention_mask, attention_norm_mask, rope, bias)
     scale1, scale2 = _layer_scales(block)
-    x, normalized = add_norm(x, branch, scale1, block.drop_path1, residual_mask, block.norm2, norm_mask)
+    x, normalized = add_norm(x, branch, scale1, block.drop_path1, residual_masks[0], block.norm2, norm_masks[0])
     branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, mlp_norm_mask)
-    return add_norm(x, branch, scale2, block.drop_path2, residual_mask, next_norm, norm_mask)
+    return add_norm(x, branch, scale2, block.drop_path2, residual_masks[1], next_norm, norm_masks[1])
 
 
 def _layer_scales(block: nn.Module) -> list[Callable[[Tensor], Tensor]]:

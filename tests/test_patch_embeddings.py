@@ -1,0 +1,97 @@
+"""Patches as a product: on a GPU it takes the place of the convolution that embeds them, and computes the same."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ofb.supernet.families.layers import patch_embeddings, project_patches
+from tests.common import tiny_swin, tiny_vit
+
+CONVOLUTION, PRODUCT = torch.ops.aten.convolution, torch.ops.aten.addmm
+
+
+def convolved(proj, images):
+    return proj(images).flatten(2).mT
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "pixels", "size"), [(2, (16, 16), 4), (3, (15, 22), (3, 7)), (1, (17, 18), (4, 8)), (0, (8, 8), 4)]
+)
+def test_agrees_with_the_convolution(batch, pixels, size, bias, memory_format, device):
+    proj = nn.Conv2d(3, 5, size, size, bias=bias).to(device, torch.float64, memory_format=memory_format)
+    images = torch.randn(batch, 3, *pixels, dtype=torch.float64, device=device).to(memory_format=memory_format)
+    images.requires_grad_()
+    expected, got = convolved(proj, images), project_patches(proj, images)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    cotangent = torch.randn_like(expected)
+    inputs = [images, *proj.parameters()]
+    for mine, theirs in zip(*(torch.autograd.grad(each, inputs, cotangent) for each in (got, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+def test_errs_no_more_than_rounding_in_float32(device):
+    proj, images = nn.Conv2d(3, 384, 16, 16).to(device), torch.randn(2, 3, 224, 224, device=device)
+    exact = convolved(proj.double(), images.double())
+    error = project_patches(proj.float(), images) - exact
+    assert error.norm() < 1e-6 * exact.norm()
+
+
+def test_a_view_of_images(device):
+    proj, images = nn.Conv2d(3, 5, 4, 4).to(device), torch.randn(3, 2, 24, 24, device=device).transpose(0, 1)
+    images = images[..., 3:19, ::2]
+    torch.testing.assert_close(project_patches(proj, images), convolved(proj, images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, device):
+    proj, images = nn.Conv2d(3, 8, 4, 4).to(device), torch.randn(2, 3, 16, 16, device=device)
+    exact = convolved(proj, images)
+    with torch.autocast(device, dtype):
+        got = project_patches(proj, images)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    got.sum().backward()
+    assert proj.weight.grad.dtype == torch.float32
+
+
+def test_compiled(device):
+    torch._dynamo.reset()
+    proj, images = nn.Conv2d(3, 8, 4, 4).to(device), torch.randn(2, 3, 16, 16, device=device)
+    compiled = torch.compile(project_patches, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device, torch.bfloat16):
+        torch.testing.assert_close(compiled(proj, images), project_patches(proj, images))
+
+
+def operators(model: nn.Module, device: str) -> set:
+    """What embeds images: operators of which operations are counted."""
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
+        images = torch.empty(2, 3, *model.patch_embed.img_size, device=device)
+        patch_embeddings(model.to(device), images)
+    return set(counter.get_flop_counts()["Global"])
+
+
+@pytest.mark.parametrize("make_model", [tiny_vit, tiny_swin])
+def test_on_a_gpu_alone(make_model):
+    assert operators(make_model(), "cpu") == {CONVOLUTION}
+    assert operators(make_model(), "cuda") == {PRODUCT}
+
+
+@pytest.mark.parametrize(
+    "proj",
+    [
+        nn.Conv2d(3, 32, 4, 2),
+        nn.Conv2d(3, 32, 4, 4, padding=1),
+        nn.Conv2d(3, 32, 4, 4, dilation=2),
+        nn.Conv2d(3, 33, 4, 4, groups=3),
+        nn.Sequential(nn.Conv2d(3, 32, 4, 4)),
+    ],
+    ids=lambda proj: str(proj),
+)
+def test_other_projections_stay_as_they_are(proj):
+    model = tiny_vit()
+    model.patch_embed.proj = proj
+    assert operators(model, "cuda") == {CONVOLUTION}
