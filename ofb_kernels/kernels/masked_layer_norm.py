@@ -82,17 +82,13 @@ BACKWARD_CONFIGURATIONS = {
         dict(BLOCK_M=2, STEPS=16, STAGES=1, num_warps=8),
         dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=4),
         dict(BLOCK_M=1, STEPS=32, STAGES=2, num_warps=4),
-        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=2),
         dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=8),
     ),
     2048: (
         dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=8),
         dict(BLOCK_M=1, STEPS=32, STAGES=2, num_warps=8),
     ),
-    4096: (
-        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=16),
-        dict(BLOCK_M=1, STEPS=32, STAGES=2, num_warps=16),
-    ),
+    4096: (dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=16),),
 }
 
 
@@ -209,8 +205,9 @@ def _padded_width(columns: int) -> int:
 
 
 def _multiples_of_8(*matrices: Tensor | None) -> bool:
-    """Whether the columns and the strides of all rows are: Triton itself sees only multiples of 16."""
-    return all(each is None or each.shape[1] % 8 == each.stride(0) % 8 == 0 for each in matrices)
+    """Whether the columns and the strides of all rows are, but not all of 16: that much Triton sees itself."""
+    lengths = [length for each in matrices if each is not None for length in (each.shape[1], each.stride(0))]
+    return all(length % 8 == 0 for length in lengths) and any(length % 16 for length in lengths)
 
 
 @triton.jit
