@@ -20,6 +20,7 @@ CONFIGURATIONS = (
 )
 LANES = 32  # a row's groups of four columns in one warp
 GROUP = 4
+MOST_ROWS_BY_PIXEL = 6
 
 
 def forward(images: Tensor, window: int, eps: float) -> Tensor:
@@ -32,7 +33,7 @@ def forward(images: Tensor, window: int, eps: float) -> Tensor:
     out = torch.empty_like(images)
 
     def launch(configuration: dict) -> None:
-        configuration = _fitted(configuration, height, half_h, groups)
+        configuration = _fitted(configuration, height, width, half_h, groups)
         tiles_h = triton.cdiv(height, configuration["STRIP"] * configuration["STRIPS"])
         tiles_w = triton.cdiv(width, GROUP * groups - 2 * halo)
         _normalize_kernel[(tiles_h * tiles_w, planes)](
@@ -58,11 +59,15 @@ def _row_tile(width: int, half: int) -> tuple[int, int]:
     return (whole, 0) if whole <= part else (part, halo)
 
 
-def _fitted(configuration: dict, height: int, half: int, groups: int) -> dict:
-    """No more rows than have a row of their windows in common; fewer where a row takes several warps."""
+def _fitted(configuration: dict, height: int, width: int, half: int, groups: int) -> dict:
+    """No more rows than have a row of their windows in common; fewer where they take more registers.
+
+    They do where a row takes several warps, and where it is read pixel by pixel: its length is no multiple of 16.
+    """
     strips = max(1, configuration["STRIPS"] * LANES // groups)
     strip = configuration["STRIP"] * configuration["STRIPS"] * LANES // (strips * groups)
-    return configuration | dict(STRIP=max(1, min(strip, 2 * half, height)), STRIPS=strips)
+    strip = min(strip, 2 * half, height, MOST_ROWS_BY_PIXEL if width % 16 else height)
+    return configuration | dict(STRIP=max(1, strip), STRIPS=strips)
 
 
 @triton.jit
