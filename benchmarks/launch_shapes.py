@@ -293,8 +293,10 @@ def launch_local_norm(precision: Precision) -> Iterator[str]:
     if precision.main_sizes_only:
         return
     yield "odd"
-    for shape, window in (((2, 3, 384, 384), 47), ((2, 1, 9, 11), 5), ((1, 1, 1, 1), 1)):
+    for shape, window in (((2, 3, 381, 381), 47), ((2, 1, 9, 11), 5), ((1, 1, 1, 1), 1)):
         local_norm.forward(meta(*shape, dtype=dtype), window, 1e-6)
+    yield "wide"
+    local_norm.forward(meta(2, 3, 384, 384, dtype=dtype), 129, 1e-6)
     yield "unaligned"
     local_norm.forward(unaligned(2, 3, 224, 224, dtype=dtype), 47, 1e-6)
 

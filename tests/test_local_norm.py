@@ -49,6 +49,23 @@ def test_any_size_and_window(backend, height, width, half, transposed):
     check(images, backend, window=2 * half + 1, eps=0.1)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "window"), [(30, 250, 21), (5, 140, 111), (70, 33, 61), (3, 300, 201), (9, 40, 1001)]
+)
+def test_tiles_of_wide_images_and_wide_windows(height, width, window, device):
+    check(torch.randn(1, 1, height, width, device=device), "triton", window=window, eps=0.1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_windows(value, device):
+    images = torch.randn(1, 1, 60, 150, device=device)
+    images[0, 0, 31, 83] = value
+    finite = local_norm(images, window=9, backend="triton").isfinite()
+    expected = torch.ones_like(finite)
+    expected[0, 0, 27:36, 79:88] = False
+    assert torch.equal(finite, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_flat_images_give_zero(backend, device):
     out = local_norm(torch.full((1, 1, 30, 30), 0.5, device=device), backend=backend)

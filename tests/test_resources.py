@@ -209,6 +209,12 @@ def test_multiples_of_8_are_read_in_full_width(compiled):
     assert [row for row in timed if row["access"] < 16] == []
 
 
+def test_norms_of_multiples_of_8_are_read_in_full_width(compiled):
+    norms = [row for row in compiled if row["kernel"].startswith("masked_layer_norm")]
+    narrow = [row for row in norms if label_of(row) == "multiples of 8" and row["access"] < 16]
+    assert narrow == []
+
+
 def test_widest_access():
     copy = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;\n"
     load, store = "ld.global.b16 { %rs1 }, [ %rd2 + 0 ];\n", "st.global.v2.b32 [ %rd3 + 0 ], { %r4, %r5 };\n"

@@ -21,18 +21,74 @@ import triton.language as tl
 from torch import Tensor
 
 from ofb_kernels.kernels.common import accumulator_dtype, on_device_of
+from ofb_kernels.kernels.tuning import run_configured
 
-# For each padded width: 8 elements of a tile for each thread, 16 rows for each program forward and 32 backward.
+# For each padded width, the default first: 8 elements of a tile for each thread, 16 rows of a program forward and 32
+# backward. The other ones give a row to fewer warps or, with two STAGES, fetch a tile while they compute another.
 FORWARD_CONFIGURATIONS = {
-    128: dict(BLOCK_M=8, STEPS=2, num_warps=4),
-    256: dict(BLOCK_M=4, STEPS=4, num_warps=4),
-    512: dict(BLOCK_M=2, STEPS=8, num_warps=4),
-    1024: dict(BLOCK_M=2, STEPS=8, num_warps=8),
-    2048: dict(BLOCK_M=1, STEPS=16, num_warps=8),
-    4096: dict(BLOCK_M=1, STEPS=16, num_warps=16),
+    128: (
+        dict(BLOCK_M=8, STEPS=2, STAGES=1, num_warps=4),
+        dict(BLOCK_M=2, STEPS=8, STAGES=1, num_warps=1),
+        dict(BLOCK_M=4, STEPS=4, STAGES=1, num_warps=1),
+    ),
+    256: (
+        dict(BLOCK_M=4, STEPS=4, STAGES=1, num_warps=4),
+        dict(BLOCK_M=1, STEPS=8, STAGES=1, num_warps=1),
+        dict(BLOCK_M=2, STEPS=8, STAGES=1, num_warps=1),
+        dict(BLOCK_M=2, STEPS=8, STAGES=2, num_warps=1),
+    ),
+    512: (
+        dict(BLOCK_M=2, STEPS=8, STAGES=1, num_warps=4),
+        dict(BLOCK_M=1, STEPS=8, STAGES=1, num_warps=1),
+        dict(BLOCK_M=1, STEPS=16, STAGES=1, num_warps=2),
+        dict(BLOCK_M=2, STEPS=4, STAGES=1, num_warps=1),
+        dict(BLOCK_M=1, STEPS=8, STAGES=2, num_warps=1),
+    ),
+    1024: (
+        dict(BLOCK_M=2, STEPS=8, STAGES=1, num_warps=8),
+        dict(BLOCK_M=1, STEPS=8, STAGES=1, num_warps=2),
+        dict(BLOCK_M=1, STEPS=16, STAGES=1, num_warps=4),
+        dict(BLOCK_M=2, STEPS=4, STAGES=1, num_warps=4),
+        dict(BLOCK_M=1, STEPS=8, STAGES=2, num_warps=2),
+    ),
+    2048: (
+        dict(BLOCK_M=1, STEPS=16, STAGES=1, num_warps=8),
+        dict(BLOCK_M=1, STEPS=8, STAGES=1, num_warps=4),
+    ),
+    4096: (
+        dict(BLOCK_M=1, STEPS=16, STAGES=1, num_warps=16),
+        dict(BLOCK_M=1, STEPS=8, STAGES=1, num_warps=8),
+    ),
 }
 BACKWARD_CONFIGURATIONS = {
-    width: forward | dict(STEPS=2 * forward["STEPS"]) for width, forward in FORWARD_CONFIGURATIONS.items()
+    128: (
+        dict(BLOCK_M=8, STEPS=4, STAGES=1, num_warps=4),
+        dict(BLOCK_M=2, STEPS=16, STAGES=1, num_warps=1),
+    ),
+    256: (
+        dict(BLOCK_M=4, STEPS=8, STAGES=1, num_warps=4),
+        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=1),
+        dict(BLOCK_M=2, STEPS=16, STAGES=1, num_warps=2),
+        dict(BLOCK_M=1, STEPS=32, STAGES=2, num_warps=1),
+    ),
+    512: (
+        dict(BLOCK_M=2, STEPS=16, STAGES=1, num_warps=4),
+        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=2),
+        dict(BLOCK_M=1, STEPS=32, STAGES=2, num_warps=2),
+        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=1),
+        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=4),
+    ),
+    1024: (
+        dict(BLOCK_M=2, STEPS=16, STAGES=1, num_warps=8),
+        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=4),
+        dict(BLOCK_M=1, STEPS=32, STAGES=2, num_warps=4),
+        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=8),
+    ),
+    2048: (
+        dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=8),
+        dict(BLOCK_M=1, STEPS=32, STAGES=2, num_warps=8),
+    ),
+    4096: (dict(BLOCK_M=1, STEPS=32, STAGES=1, num_warps=16),),
 }
 
 
@@ -62,16 +118,22 @@ def forward(
     stream = x if branch.values is None else _stream_like(x, branch.values)
     mean = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     rstd = torch.empty_like(mean)
-    block_n, configuration = _configuration(FORWARD_CONFIGURATIONS, columns)
-    chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+    weight, bias, mask = weight.contiguous(), _contiguous(bias), mask.contiguous()
+    block_n = _padded_width(columns)
+
+    def launch(configuration: dict) -> None:
+        chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+        _forward_kernel[(chunks,)](
+            x, weight, bias, mask, *_arguments(branch), out, stream, mean, rstd,
+            rows, columns, branch.rows_per_sample, x.stride(0), x.stride(1), *_strides(branch.values),
+            EPS=eps, ACCUMULATOR=accumulator_dtype(x), MULTIPLES_OF_8=_multiples_of_8(x, branch.values),
+            BLOCK_N=block_n, **configuration,
+        )  # fmt: skip
+
     if x.numel() > 0:
+        kernel = _name("forward", x, branch)
         with on_device_of(x):
-            _forward_kernel[(chunks,)](
-                x, weight.contiguous(), _contiguous(bias), mask.contiguous(), *_arguments(branch),
-                out, stream, mean, rstd,
-                rows, columns, branch.rows_per_sample, x.stride(0), x.stride(1), *_strides(branch.values),
-                EPS=eps, ACCUMULATOR=accumulator_dtype(x), BLOCK_N=block_n, **configuration,
-            )  # fmt: skip
+            run_configured(kernel, FORWARD_CONFIGURATIONS[block_n], (rows, columns), x, launch)
     return out, stream, mean, rstd
 
 
@@ -91,19 +153,29 @@ def backward(
     grad_branch, vectors = None, 3
     if branch.values is not None:
         grad_branch, vectors = torch.empty_like(branch.values, memory_format=torch.contiguous_format), 4
-    block_n, configuration = _configuration(BACKWARD_CONFIGURATIONS, columns)
-    chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
-    partial = mean.new_empty(chunks, vectors, columns)
-    if x.numel() > 0:
-        with on_device_of(x):
-            _backward_kernel[(chunks,)](
-                grad_out, grad_stream, x, weight.contiguous(), _contiguous(bias), mask.contiguous(),
-                *_arguments(branch), mean, rstd, grad_x, grad_branch, partial,
-                rows, columns, branch.rows_per_sample,
-                *_strides(grad_out), *_strides(grad_stream), *_strides(x), *_strides(branch.values),
-                EPS=eps, ACCUMULATOR=accumulator_dtype(x), BLOCK_N=block_n, **configuration,
-            )  # fmt: skip
-    return grad_x, grad_branch, partial.sum(0)
+    weight, bias, mask = weight.contiguous(), _contiguous(bias), mask.contiguous()
+    block_n = _padded_width(columns)
+
+    def launch(configuration: dict) -> Tensor:
+        chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+        partial = mean.new_empty(chunks, vectors, columns)
+        _backward_kernel[(chunks,)](
+            grad_out, grad_stream, x, weight, bias, mask, *_arguments(branch),
+            mean, rstd, grad_x, grad_branch, partial,
+            rows, columns, branch.rows_per_sample,
+            *_strides(grad_out), *_strides(grad_stream), *_strides(x), *_strides(branch.values),
+            EPS=eps, ACCUMULATOR=accumulator_dtype(x),
+            MULTIPLES_OF_8=_multiples_of_8(grad_out, grad_stream, x, branch.values),
+            BLOCK_N=block_n, **configuration,
+        )  # fmt: skip
+        return partial.sum(0)
+
+    if x.numel() == 0:
+        return grad_x, grad_branch, mean.new_zeros(vectors, columns)
+    kernel = _name("backward", x, branch)
+    with on_device_of(x):
+        grad_vectors = run_configured(kernel, BACKWARD_CONFIGURATIONS[block_n], (rows, columns), x, launch)
+    return grad_x, grad_branch, grad_vectors
 
 
 def _stream_like(x: Tensor, branch: Tensor) -> Tensor:
@@ -122,9 +194,20 @@ def _strides(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
-def _configuration(configurations: dict[int, dict], columns: int) -> tuple[int, dict]:
-    """The smallest padded width that holds a row, and its configuration."""
-    return next((width, configuration) for width, configuration in configurations.items() if columns <= width)
+def _name(direction: str, x: Tensor, branch: Branch) -> str:
+    """What the choice of a configuration depends on beside the sizes."""
+    added = "" if branch.values is None else "add_"
+    return f"masked_{added}layer_norm.{direction} {x.element_size()} bytes"
+
+
+def _padded_width(columns: int) -> int:
+    return next(width for width in FORWARD_CONFIGURATIONS if columns <= width)
+
+
+def _multiples_of_8(*matrices: Tensor | None) -> bool:
+    """Whether the columns and the strides of all rows are, but not all of 16: that much Triton sees itself."""
+    lengths = [length for each in matrices if each is not None for length in (each.shape[1], each.stride(0))]
+    return all(length % 8 == 0 for length in lengths) and any(length % 16 for length in lengths)
 
 
 @triton.jit
@@ -132,16 +215,18 @@ def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, branch_ptr, branch_mask_ptr, sample_scale_ptr,
     out_ptr, stream_ptr, mean_ptr, rstd_ptr,
     rows, columns, rows_per_sample, stride_xm, stride_xn, stride_bm, stride_bn,
-    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLES_OF_8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M · STEPS rows."""
+    if MULTIPLES_OF_8:  # said in a way that lets 16-bit numbers be read 16 bytes at a time
+        columns, stride_xm, stride_bm = columns // 8 * 8, stride_xm // 8 * 8, stride_bm // 8 * 8
     offsets_n = tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
     share = mask / tl.sum(mask, 0)
     scale = tl.load(weight_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR) * mask  # (BLOCK_N,)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=STAGES):
         offsets_m = (tl.program_id(0) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = offsets_m < rows
         inside = in_rows[:, None] & in_columns[None, :]
@@ -178,10 +263,13 @@ def _backward_kernel(
     branch_ptr, branch_mask_ptr, sample_scale_ptr, mean_ptr, rstd_ptr, grad_x_ptr, grad_branch_ptr, partial_ptr,
     rows, columns, rows_per_sample,
     stride_gm, stride_gn, stride_sm, stride_sn, stride_xm, stride_xn, stride_bm, stride_bn,
-    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLES_OF_8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M · STEPS rows. The sums over rows stay (BLOCK_M, BLOCK_N) until the end: no exchange."""
+    if MULTIPLES_OF_8:
+        columns, stride_gm, stride_sm = columns // 8 * 8, stride_gm // 8 * 8, stride_sm // 8 * 8
+        stride_xm, stride_bm = stride_xm // 8 * 8, stride_bm // 8 * 8
     offsets_n = tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
@@ -195,7 +283,7 @@ def _backward_kernel(
     if branch_ptr is not None:
         branch_mask = tl.load(branch_mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
         sum_branch = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # s·dx ⊙ branch
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=STAGES):
         offsets_m = (tl.program_id(0) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = offsets_m < rows
         inside = in_rows[:, None] & in_columns[None, :]
