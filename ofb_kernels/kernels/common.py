@@ -1,5 +1,6 @@
 """What every kernel file needs: how a launch is made, and the activations with their derivatives."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,12 +19,12 @@ def unit_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.numel() == 0 else matrix.contiguous()
 
 
-def in_eighths(*sizes: int) -> bool:
-    """Whether all sizes and strides are multiples of 8: then kernels access memory by 16 bytes.
+def hidden_multiple(*sizes: int) -> int:
+    """8, 4 or 2 if it divides all sizes and strides, but 1 if 16 does: a compiler that knows it reads 16 bytes at once.
 
     Triton itself tells multiples of 16 from others, and nothing between.
     """
-    return all(size % 8 == 0 for size in sizes)
+    return 1 if all(size % 16 == 0 for size in sizes) else math.gcd(8, *sizes)
 
 
 def accumulator_dtype(tensor: Tensor) -> tl.dtype:
@@ -37,12 +38,9 @@ def dot_precision() -> str:
 
 
 @triton.jit
-def known_eighths(size, EIGHTHS: tl.constexpr):
-    """The size or stride, as a multiple of 8 for the compiler to see where `in_eighths` has found that it is one."""
-    if EIGHTHS:
-        return size // 8 * 8
-    else:
-        return size
+def known_multiple(size, MULTIPLE: tl.constexpr):
+    """The size or stride, seen by the compiler to be a multiple of what `hidden_multiple` has found."""
+    return size // MULTIPLE * MULTIPLE
 
 
 @triton.jit

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.common import accumulator_dtype, on_device_of
+from ofb_kernels.kernels.column_sums import column_sums
+from ofb_kernels.kernels.common import accumulator_dtype, hidden_multiple, known_multiple, on_device_of
 from ofb_kernels.kernels.tuning import run_configured
 
 # For each padded width, the default first: 8 elements of a tile for each thread, 16 rows of a program forward and 32
@@ -126,7 +127,7 @@ def forward(
         _forward_kernel[(chunks,)](
             x, weight, bias, mask, *_arguments(branch), out, stream, mean, rstd,
             rows, columns, branch.rows_per_sample, x.stride(0), x.stride(1), *_strides(branch.values),
-            EPS=eps, ACCUMULATOR=accumulator_dtype(x), MULTIPLES_OF_8=_multiples_of_8(x, branch.values),
+            EPS=eps, ACCUMULATOR=accumulator_dtype(x), MULTIPLE=_multiple(x, branch.values),
             BLOCK_N=block_n, **configuration,
         )  # fmt: skip
 
@@ -165,10 +166,10 @@ def backward(
             rows, columns, branch.rows_per_sample,
             *_strides(grad_out), *_strides(grad_stream), *_strides(x), *_strides(branch.values),
             EPS=eps, ACCUMULATOR=accumulator_dtype(x),
-            MULTIPLES_OF_8=_multiples_of_8(grad_out, grad_stream, x, branch.values),
+            MULTIPLE=_multiple(grad_out, grad_stream, x, branch.values),
             BLOCK_N=block_n, **configuration,
         )  # fmt: skip
-        return partial.sum(0)
+        return column_sums(partial.flatten(1)).view(vectors, columns)
 
     if x.numel() == 0:
         return grad_x, grad_branch, mean.new_zeros(vectors, columns)
@@ -204,10 +205,9 @@ def _padded_width(columns: int) -> int:
     return next(width for width in FORWARD_CONFIGURATIONS if columns <= width)
 
 
-def _multiples_of_8(*matrices: Tensor | None) -> bool:
-    """Whether the columns and the strides of all rows are, but not all of 16: that much Triton sees itself."""
-    lengths = [length for each in matrices if each is not None for length in (each.shape[1], each.stride(0))]
-    return all(length % 8 == 0 for length in lengths) and any(length % 16 for length in lengths)
+def _multiple(*matrices: Tensor | None) -> int:
+    present = [each for each in matrices if each is not None]
+    return hidden_multiple(*(length for each in present for length in (each.shape[1], each.stride(0))))
 
 
 @triton.jit
@@ -215,12 +215,12 @@ def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, branch_ptr, branch_mask_ptr, sample_scale_ptr,
     out_ptr, stream_ptr, mean_ptr, rstd_ptr,
     rows, columns, rows_per_sample, stride_xm, stride_xn, stride_bm, stride_bn,
-    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLES_OF_8: tl.constexpr,
+    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M · STEPS rows."""
-    if MULTIPLES_OF_8:  # said in a way that lets 16-bit numbers be read 16 bytes at a time
-        columns, stride_xm, stride_bm = columns // 8 * 8, stride_xm // 8 * 8, stride_bm // 8 * 8
+    columns = known_multiple(columns, MULTIPLE)
+    stride_xm, stride_bm = known_multiple(stride_xm, MULTIPLE), known_multiple(stride_bm, MULTIPLE)
     offsets_n = tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
@@ -263,13 +263,13 @@ def _backward_kernel(
     branch_ptr, branch_mask_ptr, sample_scale_ptr, mean_ptr, rstd_ptr, grad_x_ptr, grad_branch_ptr, partial_ptr,
     rows, columns, rows_per_sample,
     stride_gm, stride_gn, stride_sm, stride_sn, stride_xm, stride_xn, stride_bm, stride_bn,
-    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLES_OF_8: tl.constexpr,
+    EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M · STEPS rows. The sums over rows stay (BLOCK_M, BLOCK_N) until the end: no exchange."""
-    if MULTIPLES_OF_8:
-        columns, stride_gm, stride_sm = columns // 8 * 8, stride_gm // 8 * 8, stride_sm // 8 * 8
-        stride_xm, stride_bm = stride_xm // 8 * 8, stride_bm // 8 * 8
+    columns = known_multiple(columns, MULTIPLE)
+    stride_gm, stride_sm = known_multiple(stride_gm, MULTIPLE), known_multiple(stride_sm, MULTIPLE)
+    stride_xm, stride_bm = known_multiple(stride_xm, MULTIPLE), known_multiple(stride_bm, MULTIPLE)
     offsets_n = tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)

@@ -19,8 +19,8 @@ from ofb_kernels.kernels.common import (
     activate,
     activation_slope,
     dot_precision,
-    in_eighths,
-    known_eighths,
+    hidden_multiple,
+    known_multiple,
     on_device_of,
     unit_rows,
 )
@@ -71,7 +71,7 @@ def forward(
     bias, save_slope = None if bias is None else bias.contiguous(), save_slope and activation is not None
     out = x.new_empty(rows, columns)
     slope = x.new_empty((rows, columns) if save_slope else (0, columns))
-    eighths = in_eighths(columns, inner, x.stride(0), weight.stride(0))
+    multiple = hidden_multiple(columns, inner, x.stride(0), weight.stride(0))
     constants = dict(ACTIVATION=activation, SAVE_SLOPE=save_slope, GROUP_M=GROUP_M)
 
     def launch(configuration: dict) -> None:
@@ -88,7 +88,7 @@ def forward(
         _forward_kernel[(tiles,)](
             x, weight, bias, mask, out, slope,
             rows, columns, inner, x.stride(0), weight.stride(0),
-            EIGHTHS=eighths, ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(),
+            MULTIPLE=multiple, ACCUMULATOR=accumulator_dtype(x), PRECISION=dot_precision(),
             **constants, **configuration,
         )  # fmt: skip
 
@@ -109,14 +109,14 @@ def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[T
     rows, columns = slope.shape
     partial_dtype = torch.promote_types(slope.dtype, torch.float32)
     grad_out, grad = unit_rows(grad_out), torch.empty_like(slope)
-    eighths = in_eighths(columns, grad_out.stride(0))
+    multiple = hidden_multiple(columns, grad_out.stride(0))
 
     def launch(configuration: dict) -> Tensor:
         chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
         partial = slope.new_empty((chunks, columns), dtype=partial_dtype)
         _backward_kernel[(chunks * triton.cdiv(columns, configuration["BLOCK_N"]),)](
             grad_out, slope, grad, partial, rows, columns, grad_out.stride(0),
-            EIGHTHS=eighths, ACCUMULATOR=accumulator_dtype(slope), **configuration,
+            MULTIPLE=multiple, ACCUMULATOR=accumulator_dtype(slope), **configuration,
         )  # fmt: skip
         return column_sums(partial)
 
@@ -131,12 +131,12 @@ def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[T
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, out_ptr, slope_ptr,
     rows, columns, inner, stride_x, stride_weight,
-    EIGHTHS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_SLOPE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_SLOPE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    columns, inner = known_eighths(columns, EIGHTHS), known_eighths(inner, EIGHTHS)
-    stride_x, stride_weight = known_eighths(stride_x, EIGHTHS), known_eighths(stride_weight, EIGHTHS)
+    columns, inner = known_multiple(columns, MULTIPLE), known_multiple(inner, MULTIPLE)
+    stride_x, stride_weight = known_multiple(stride_x, MULTIPLE), known_multiple(stride_weight, MULTIPLE)
     tile_m, tile_n = grouped_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offsets_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -160,7 +160,7 @@ def _persistent_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HALVES: tl.constexpr, FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    columns = known_eighths(columns, True)  # descriptors take no others
+    columns = known_multiple(columns, 8)  # descriptors take no others
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
@@ -208,11 +208,11 @@ def _masked(product, bias_ptr, mask_ptr, offsets_n, columns):
 def _backward_kernel(
     grad_out_ptr, slope_ptr, grad_ptr, partial_ptr,
     rows, columns, stride_grad_out,
-    EIGHTHS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N columns of BLOCK_M · STEPS rows."""
-    columns, stride_grad_out = known_eighths(columns, EIGHTHS), known_eighths(stride_grad_out, EIGHTHS)
+    columns, stride_grad_out = known_multiple(columns, MULTIPLE), known_multiple(stride_grad_out, MULTIPLE)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     chunk = tl.program_id(0) // tiles_n
     offsets_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

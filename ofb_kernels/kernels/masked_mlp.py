@@ -16,8 +16,8 @@ from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
     dot_precision,
-    in_eighths,
-    known_eighths,
+    hidden_multiple,
+    known_multiple,
     on_device_of,
     unit_rows,
 )
@@ -76,7 +76,7 @@ def backward(
     partial_dtype = torch.promote_types(slope.dtype, torch.float32)
     grad_out, in_columns = unit_rows(grad_out), fc2_weight.stride(1) == 1
     weight = fc2_weight if in_columns else unit_rows(fc2_weight.t())
-    eighths = in_eighths(columns, inner, grad_out.stride(0), weight.stride(0))
+    multiple = hidden_multiple(columns, inner, grad_out.stride(0), weight.stride(0))
     constants = dict(IN_COLUMNS=in_columns, GROUP_M=GROUP_M)
 
     def launch(configuration: dict) -> Tensor:
@@ -96,7 +96,7 @@ def backward(
             _backward_kernel[(tiles,)](
                 grad_out, weight, slope, grad, partial,
                 rows, columns, inner, grad_out.stride(0), weight.stride(0),
-                EIGHTHS=eighths, ACCUMULATOR=accumulator_dtype(slope), PRECISION=dot_precision(),
+                MULTIPLE=multiple, ACCUMULATOR=accumulator_dtype(slope), PRECISION=dot_precision(),
                 **constants, **configuration,
             )  # fmt: skip
         return column_sums(partial)
@@ -115,11 +115,11 @@ def backward(
 def _backward_kernel(
     grad_out_ptr, weight_ptr, slope_ptr, grad_ptr, partial_ptr,
     rows, columns, inner, stride_grad_out, stride_weight,
-    EIGHTHS: tl.constexpr, IN_COLUMNS: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    MULTIPLE: tl.constexpr, IN_COLUMNS: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    columns, inner = known_eighths(columns, EIGHTHS), known_eighths(inner, EIGHTHS)
-    stride_grad_out, stride_weight = known_eighths(stride_grad_out, EIGHTHS), known_eighths(stride_weight, EIGHTHS)
+    columns, inner = known_multiple(columns, MULTIPLE), known_multiple(inner, MULTIPLE)
+    stride_grad_out, stride_weight = known_multiple(stride_grad_out, MULTIPLE), known_multiple(stride_weight, MULTIPLE)
     tile_m, tile_n = grouped_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offsets_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -145,7 +145,7 @@ def _persistent_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HALVES: tl.constexpr, FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    columns = known_eighths(columns, True)  # descriptors take no others
+    columns = known_multiple(columns, 8)  # descriptors take no others
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
