@@ -20,6 +20,7 @@ Queries and keys past the last token are loaded as zeros. Gradients of mask and 
 and added up by one reduction: no atomics, the same bits every time.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -139,7 +140,7 @@ def backward(
     delta = torch.empty_like(log_sum_exp)
     mask, bias, windows = mask.contiguous(), *_dense(bias)
     sizes = (tokens, heads, windows, *_strides(qkv), *grad_out.stride())
-    constants = dict(SCALE=scale, **_constants(qkv))
+    constants = dict(SCALE=scale, **_constants(qkv, grad_out))
 
     def launch_query(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
@@ -181,7 +182,7 @@ def backward_bias(
         partial = bias.new_empty((chunks, *bias.shape), dtype=log_sum_exp.dtype)
         _backward_bias_kernel[(tiles_of_bias * chunks,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, partial, *sizes, chunks,
-            SCALE=scale, **_constants(qkv), **configuration,
+            SCALE=scale, **_constants(qkv, grad_out), **configuration,
         )  # fmt: skip
         return partial.sum(0)
 
@@ -230,10 +231,14 @@ def shared_bytes(kernel: str, configuration: dict, block_d: int, size: int) -> i
     return (held + stages * streamed) * block_d * size + 2 * 4 * stages * block_m + bias
 
 
-def _constants(qkv: Tensor) -> dict:
+def _constants(*tensors: Tensor) -> dict:
+    """Of qkv, and of grad_out in a backward pass."""
+    qkv, head_dim = tensors[0], tensors[0].shape[-1]
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
     return dict(
-        HEAD_DIM=qkv.shape[-1],
-        BLOCK_D=_padded(qkv.shape[-1]),
+        HEAD_DIM=head_dim,
+        BLOCK_D=_padded(head_dim),
+        MULTIPLE=math.gcd(8, head_dim, *strides),
         ACCUMULATOR=accumulator_dtype(qkv),
         PRECISION=dot_precision(),
     )
@@ -249,9 +254,11 @@ def _forward_kernel(
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d,
     WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, all keys."""
+    stride_b, stride_n, stride_h = _known(stride_b, MULTIPLE), _known(stride_n, MULTIPLE), _known(stride_h, MULTIPLE)
+    stride_k, stride_v = _known(stride_k, MULTIPLE), _known(stride_v, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
     offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -305,10 +312,13 @@ def _backward_query_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of BLOCK_M queries of one head, all keys; delta for the other kernel."""
+    stride_b, stride_n, stride_h = _known(stride_b, MULTIPLE), _known(stride_n, MULTIPLE), _known(stride_h, MULTIPLE)
+    stride_k, stride_v = _known(stride_k, MULTIPLE), _known(stride_v, MULTIPLE)
+    stride_gb, stride_gn = _known(stride_gb, MULTIPLE), _known(stride_gn, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
     offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -360,10 +370,13 @@ def _backward_key_value_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, all queries. Scores stand transposed: keys × queries."""
+    stride_b, stride_n, stride_h = _known(stride_b, MULTIPLE), _known(stride_n, MULTIPLE), _known(stride_h, MULTIPLE)
+    stride_k, stride_v = _known(stride_k, MULTIPLE), _known(stride_v, MULTIPLE)
+    stride_gb, stride_gn = _known(stride_gb, MULTIPLE), _known(stride_gn, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_N)
     offsets_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -416,10 +429,13 @@ def _backward_bias_kernel(
     sequences, tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     chunks,
-    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: Σ ds of BLOCK_M queries and BLOCK_N keys of one head, over a chunk of the window's sequences."""
+    stride_b, stride_n, stride_h = _known(stride_b, MULTIPLE), _known(stride_n, MULTIPLE), _known(stride_h, MULTIPLE)
+    stride_k, stride_v = _known(stride_k, MULTIPLE), _known(stride_v, MULTIPLE)
+    stride_gb, stride_gn = _known(stride_gb, MULTIPLE), _known(stride_gn, MULTIPLE)
     tile, head, window_of_chunk = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M, BLOCK_N)
     window, chunk = window_of_chunk % windows, window_of_chunk // windows
     tiles_n = tl.cdiv(tokens, BLOCK_N)
@@ -503,3 +519,9 @@ def _load_rows(ptr, offsets, offsets_d, in_rows, in_head, stride_row, stride_d):
     rows = offsets.to(tl.int64)[:, None] * stride_row
     columns = offsets_d.to(tl.int64)[None, :] * stride_d
     return tl.load(ptr + rows + columns, mask=in_rows[:, None] & in_head[None, :], other=0.0)
+
+
+@triton.jit
+def _known(stride, MULTIPLE: tl.constexpr):
+    """The stride, written so that the compiler sees what it is a multiple of."""
+    return stride // MULTIPLE * MULTIPLE
