@@ -16,8 +16,9 @@ keeps their sum on chip. That reads q, k, v, do and o again, 10·N·d bytes of h
 (15.7 KB in Swin's windows, N = 49, d = 32), where writing ds in float32 and adding it up would move 8·N² (19.2 KB) and
 hold memory for it. It adds two products to the backward's five and the two that those compute once more.
 
-Queries and keys past the last token are loaded as zeros. Only the last tile of a row needs that: it comes first, and
-the loop over all others has no bounds. What is needed once more after the loop is loaded again, since registers decide
+Queries and keys past the last token are loaded as zeros. Only the last tile of a row needs that. In half precision
+and heads of up to 64 channels it comes first, and the loop over all others has no bounds; elsewhere the code of a tile
+twice would take too many registers. What is needed once more after the loop is loaded again, since registers decide
 how many blocks a multiprocessor holds. Gradients of mask and bias are kept per program in float32 and added up by one
 reduction: no atomics, the same bits every time.
 """
@@ -42,9 +43,9 @@ _LOWEST = tl.constexpr(-3e38)  # close to the smallest float32
 FORWARD_CONFIGURATIONS = {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=128),
         dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
         dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        dict(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=1),
     ),
     (2, 128): (
         dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
@@ -248,6 +249,7 @@ def _constants(*tensors: Tensor) -> dict:
     return dict(
         HEAD_DIM=head_dim,
         BLOCK_D=_padded(head_dim),
+        LAST_ALONE=qkv.element_size() == 2 and head_dim <= 64,
         MULTIPLE=math.gcd(8, head_dim, *strides),
         ACCUMULATOR=accumulator_dtype(qkv),
         PRECISION=dot_precision(),
@@ -271,7 +273,8 @@ def _forward_kernel(
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d,
     WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, all keys."""
     stride_b, stride_n, stride_h = _known(stride_b, MULTIPLE), _known(stride_n, MULTIPLE), _known(stride_h, MULTIPLE)
@@ -290,20 +293,28 @@ def _forward_kernel(
     out_ptr += (batch * tokens * heads + head) * HEAD_DIM
     log_sum_exp_ptr += (batch * heads + head) * tokens
 
-    # The last keys, which need not fill a tile, come first: what their smaller tile needs is not kept for later.
-    whole = (tokens - 1) // BLOCK_N * BLOCK_N
-    row_max, row_sum, attended = _attend(
-        scaled_q, qkv_ptr, bias_ptr, offsets_m, whole, tokens, offsets_d, in_head,
-        stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, TAIL,
-    )  # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, BLOCK_D)  # fmt: skip
+    end = tokens  # of the loop
+    if WHOLE_ROW or LAST_ALONE:
+        # The last keys, which need not fill a tile, come first: what their smaller tile needs is not kept for later.
+        end = (tokens - 1) // BLOCK_N * BLOCK_N
+        row_max, row_sum, attended = _attend(
+            scaled_q, qkv_ptr, bias_ptr, offsets_m, end, tokens, offsets_d, in_head,
+            stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, TAIL,
+        )  # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, BLOCK_D)  # fmt: skip
+    else:
+        row_max = tl.full((BLOCK_M,), float("-inf"), ACCUMULATOR)
+        row_sum = tl.zeros((BLOCK_M,), ACCUMULATOR)
+        attended = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
     if not WHOLE_ROW:
-        for start_n in range(0, whole, BLOCK_N):
+        for start_n in range(0, end, BLOCK_N):
             scores, _, v = _scores_k_v(
                 scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
-                stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, True,
+                stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
             # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
+            if bias_ptr is not None:  # it may have hidden all keys so far: −∞ − −∞ is no number
+                new_max = tl.maximum(new_max, _LOWEST)
             shrink = tl.exp2(row_max - new_max)
             p = tl.exp2(scores - new_max[:, None])
             row_sum = row_sum * shrink + tl.sum(p, 1)
@@ -326,7 +337,7 @@ def _backward_query_kernel(
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of BLOCK_M queries of one head, all keys; delta for the other kernel."""
@@ -358,17 +369,19 @@ def _backward_query_kernel(
     if bias_ptr is not None:
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
 
-    whole = (tokens - 1) // BLOCK_N * BLOCK_N
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
-    grad_q = _add_keys(
-        grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, whole, tokens, offsets_d,
-        in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
-    )  # fmt: skip
+    end = tokens  # of the loop
+    if WHOLE_ROW or LAST_ALONE:
+        end = (tokens - 1) // BLOCK_N * BLOCK_N
+        grad_q = _add_keys(
+            grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, end, tokens,
+            offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
+        )  # fmt: skip
     if not WHOLE_ROW:
-        for start_n in range(0, whole, BLOCK_N):
+        for start_n in range(0, end, BLOCK_N):
             grad_q = _add_keys(
                 grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n, tokens,
-                offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, True,
+                offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # fmt: skip
 
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
@@ -387,7 +400,7 @@ def _backward_key_value_kernel(
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, all queries. Scores stand transposed: keys × queries."""
@@ -414,20 +427,22 @@ def _backward_key_value_kernel(
     if bias_ptr is not None:
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
 
-    whole = (tokens - 1) // BLOCK_M * BLOCK_M
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
     grad_masked_v = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
-    grad_k, grad_masked_v = _add_queries(
-        grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr,
-        log_sum_exp_ptr, delta_ptr, offsets_n, whole, tokens, offsets_d, in_head,
-        stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, False,
-    )  # fmt: skip
+    end = tokens  # of the loop
+    if WHOLE_ROW or LAST_ALONE:
+        end = (tokens - 1) // BLOCK_M * BLOCK_M
+        grad_k, grad_masked_v = _add_queries(
+            grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr,
+            log_sum_exp_ptr, delta_ptr, offsets_n, end, tokens, offsets_d, in_head,
+            stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, False,
+        )  # fmt: skip
     if not WHOLE_ROW:
-        for start_m in range(0, whole, BLOCK_M):
+        for start_m in range(0, end, BLOCK_M):
             grad_k, grad_masked_v = _add_queries(
                 grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr,
                 log_sum_exp_ptr, delta_ptr, offsets_n, start_m, tokens, offsets_d, in_head,
-                stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, True,
+                stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, LAST_ALONE,
             )  # fmt: skip
 
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
@@ -449,7 +464,8 @@ def _backward_bias_kernel(
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     chunks,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: Σ ds of BLOCK_M queries and BLOCK_N keys of one head, over a chunk of the window's sequences."""
     stride_b, stride_n, stride_h = _known(stride_b, MULTIPLE), _known(stride_n, MULTIPLE), _known(stride_h, MULTIPLE)
