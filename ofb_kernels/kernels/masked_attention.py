@@ -384,8 +384,9 @@ def _backward_query_kernel(
                 offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # fmt: skip
 
-    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
-    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d, True)
+    if LAST_ALONE:
+        mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
+        q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d, True)
     grad_masked_q = grad_q * (SCALE * mask)[None, :]
     offsets = offsets_m.to(tl.int64)[:, None] * (3 * heads * HEAD_DIM) + offsets_d[None, :]
     tl.store(grad_qkv_ptr + offsets, grad_masked_q * mask[None, :], mask=in_queries[:, None] & in_head[None, :])
@@ -445,8 +446,9 @@ def _backward_key_value_kernel(
                 stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, LAST_ALONE,
             )  # fmt: skip
 
-    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
-    v = _load_rows(keys_ptr + stride_v, keys, offsets_d, in_keys, in_head, stride_n, stride_d, True)
+    if LAST_ALONE:
+        mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
+        v = _load_rows(keys_ptr + stride_v, keys, offsets_d, in_keys, in_head, stride_n, stride_d, True)
     part = heads * HEAD_DIM
     inside = in_keys[:, None] & in_head[None, :]
     offsets = keys.to(tl.int64)[:, None] * (3 * part) + part + offsets_d[None, :]
@@ -557,8 +559,8 @@ def _add_keys(
         scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
         stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, WHOLE,
     )  # fmt: skip
-    grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     p = tl.exp2(scores - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
+    grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     # ds = p ⊙ (dp − delta), dq = scale · (ds k) ⊙ m²
     grad_scores = (p * (grad_p - delta[:, None])).to(k.dtype)
     return tl.dot(grad_scores, k, grad_q, input_precision=PRECISION, out_dtype=ACCUMULATOR)
@@ -579,13 +581,14 @@ def _add_queries(
     log_sum_exp = tl.load(log_sum_exp_ptr + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
     delta = tl.load(delta_ptr + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
     scores = tl.dot(scaled_k, tl.trans(q), input_precision=PRECISION, out_dtype=ACCUMULATOR)
-    grad_p = tl.dot(masked_v, tl.trans(grad_out), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     if bias_ptr is not None:
         scores += _load_bias(bias_ptr, offsets_m[None, :], offsets_n[:, None], tokens, ACCUMULATOR)
     p = tl.exp2(scores - log_sum_exp[None, :])  # (BLOCK_N, BLOCK_M)
-    # ds = p ⊙ (dp − delta), d(v ⊙ m) = pᵀ do, dk = scale · (dsᵀ q) ⊙ m²
-    grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
+    # d(v ⊙ m) = pᵀ do
     grad_masked_v = tl.dot(p.to(q.dtype), grad_out, grad_masked_v, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    grad_p = tl.dot(masked_v, tl.trans(grad_out), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    # ds = p ⊙ (dp − delta), dk = scale · (dsᵀ q) ⊙ m²
+    grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
     grad_k = tl.dot(grad_scores, q, grad_k, input_precision=PRECISION, out_dtype=ACCUMULATOR)
     return grad_k, grad_masked_v
 
