@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from ofb_kernels.kernels import masked_attention as kernel
+from ofb_kernels.kernels import tuning
 from ofb_kernels.ops.masked_attention import masked_attention, masked_qkv_attention
 from ofb_kernels.testing import check_op
 from tests.common import BACKENDS, dtypes_of
@@ -88,8 +90,6 @@ def test_windows_follow_each_other(device):
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_bias_gradient_is_computed_only_where_it_is_wanted(wanted, device, monkeypatch):
-    from ofb_kernels.kernels import masked_attention as kernel
-
     calls, backward_bias = [], kernel.backward_bias
     monkeypatch.setattr(kernel, "backward_bias", lambda *tensors: calls.append(1) or backward_bias(*tensors))
     inputs = make_biased(4, 2, 5, 2, 4, torch.float32, device)
@@ -143,6 +143,30 @@ def test_every_head_dim_a_search_can_reach(head_dim, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     inputs = make_inputs(1, 50, 2, head_dim, dtype, device)
     check_op(masked_attention, inputs, {}, "triton", reduction=head_dim)
+
+
+@pytest.mark.parametrize("tokens", [15, 64, 65, 80, 81, 96, 97, 128])
+def test_last_tile_of_any_size(tokens, device):
+    inputs = make_inputs(1, tokens, 1, 24, torch.float16, device)
+    check_op(masked_attention, inputs, {}, "triton", reduction=2 * tokens)
+
+
+CANDIDATES = max(
+    len(table[2, 64])
+    for table in (
+        kernel.FORWARD_CONFIGURATIONS,
+        kernel.BACKWARD_QUERY_CONFIGURATIONS,
+        kernel.BACKWARD_KEY_VALUE_CONFIGURATIONS,
+    )
+)
+
+
+@pytest.mark.parametrize("index", range(1, CANDIDATES))
+def test_every_candidate_is_right(index, device, monkeypatch):
+    """Candidates of the three kernels, one of each at a time."""
+    monkeypatch.setattr(tuning, "choose", lambda name, candidates, *_: candidates[min(index, len(candidates) - 1)])
+    inputs = make_inputs(1, 133, 1, 40, torch.float16, device)
+    check_op(masked_attention, inputs, {}, "triton", reduction=266)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

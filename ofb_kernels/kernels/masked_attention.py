@@ -16,8 +16,11 @@ keeps their sum on chip. That reads q, k, v, do and o again, 10·N·d bytes of h
 (15.7 KB in Swin's windows, N = 49, d = 32), where writing ds in float32 and adding it up would move 8·N² (19.2 KB) and
 hold memory for it. It adds two products to the backward's five and the two that those compute once more.
 
-Queries and keys past the last token are loaded as zeros. Gradients of mask and bias are kept per program in float32
-and added up by one reduction: no atomics, the same bits every time.
+Queries and keys past the last token are loaded as zeros. Only the last tile of a row needs that. In half precision
+and heads of up to 64 channels it comes first, and the loop over all others has no bounds; elsewhere the code of a tile
+twice would take too many registers. What is needed once more after the loop is loaded again, since registers decide
+how many blocks a multiprocessor holds. Gradients of mask and bias are kept per program in float32 and added up by one
+reduction: no atomics, the same bits every time.
 """
 
 from collections.abc import Callable
@@ -27,7 +30,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.common import accumulator_dtype, dot_precision, on_device_of
+from ofb_kernels.kernels.common import (
+    accumulator_dtype,
+    dot_precision,
+    hidden_multiple,
+    known_multiple,
+    on_device_of,
+)
 from ofb_kernels.kernels.tuning import Result, run_configured
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -39,9 +48,9 @@ _LOWEST = tl.constexpr(-3e38)  # close to the smallest float32
 FORWARD_CONFIGURATIONS = {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=128),
         dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
         dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        dict(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=1),
     ),
     (2, 128): (
         dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
@@ -55,7 +64,10 @@ FORWARD_CONFIGURATIONS = {
 BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=128),
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+        dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=128),
     ),
     (2, 128): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
@@ -66,6 +78,8 @@ BACKWARD_KEY_VALUE_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
     (2, 64): (
         dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
         dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
+        dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
     ),
     (2, 128): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
@@ -113,7 +127,8 @@ def forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None = None)
         _forward_kernel[(batch * heads * triton.cdiv(tokens, configuration["BLOCK_M"]),)](
             qkv, mask, bias, out, log_sum_exp,
             tokens, heads, windows, *_strides(qkv),
-            WHOLE_ROW=tokens <= configuration["BLOCK_N"], SCALE=scale, **_constants(qkv), **configuration,
+            WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_tail(tokens, configuration["BLOCK_N"]),
+            SCALE=scale, **_constants(qkv), **configuration,
         )  # fmt: skip
 
     if qkv.numel() > 0:
@@ -139,22 +154,24 @@ def backward(
     delta = torch.empty_like(log_sum_exp)
     mask, bias, windows = mask.contiguous(), *_dense(bias)
     sizes = (tokens, heads, windows, *_strides(qkv), *grad_out.stride())
-    constants = dict(SCALE=scale, **_constants(qkv))
+    constants = dict(SCALE=scale, **_constants(qkv, grad_out))
 
     def launch_query(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
         partial = delta.new_empty(batch, heads, tiles, head_dim)
         _backward_query_kernel[(batch * heads * tiles,)](
-            grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
-        )
+            grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
+            WHOLE_ROW=tokens <= configuration["BLOCK_N"], **constants, **configuration,
+        )  # fmt: skip
         return partial.sum((0, 2))
 
     def launch_key_value(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
         partial = delta.new_empty(batch, heads, tiles, head_dim)
         _backward_key_value_kernel[(batch * heads * tiles,)](
-            grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial, *sizes, **constants, **configuration
-        )
+            grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial, *sizes,
+            WHOLE_ROW=tokens <= configuration["BLOCK_M"], **constants, **configuration,
+        )  # fmt: skip
         return partial.sum((0, 2))
 
     if qkv.numel() == 0:
@@ -181,7 +198,7 @@ def backward_bias(
         partial = bias.new_empty((chunks, *bias.shape), dtype=log_sum_exp.dtype)
         _backward_bias_kernel[(tiles_of_bias * chunks,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, partial, *sizes, chunks,
-            SCALE=scale, **_constants(qkv), **configuration,
+            SCALE=scale, **_constants(qkv, grad_out), **configuration,
         )  # fmt: skip
         return partial.sum(0)
 
@@ -230,17 +247,28 @@ def shared_bytes(kernel: str, configuration: dict, block_d: int, size: int) -> i
     return (held + stages * streamed) * block_d * size + 2 * 4 * stages * block_m + bias
 
 
-def _constants(qkv: Tensor) -> dict:
+def _constants(*tensors: Tensor) -> dict:
+    """Of qkv, and of grad_out in a backward pass."""
+    qkv, head_dim = tensors[0], tensors[0].shape[-1]
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
     return dict(
-        HEAD_DIM=qkv.shape[-1],
-        BLOCK_D=_padded(qkv.shape[-1]),
+        HEAD_DIM=head_dim,
+        BLOCK_D=_padded(head_dim),
+        LAST_ALONE=qkv.element_size() == 2 and head_dim <= 64,
+        MULTIPLE=hidden_multiple(head_dim, *strides),
         ACCUMULATOR=accumulator_dtype(qkv),
         PRECISION=dot_precision(),
     )
 
 
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+def _padded(length: int) -> int:
+    """The least tile of a product that holds so many rows or channels."""
+    return max(16, triton.next_power_of_2(length))
+
+
+def _tail(tokens: int, block: int) -> int:
+    """The least tile for the last tokens, behind whole tiles of `block`."""
+    return _padded((tokens - 1) % block + 1)
 
 
 @triton.jit
@@ -248,38 +276,46 @@ def _forward_kernel(
     qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d,
-    WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, all keys."""
+    stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
+    stride_h = known_multiple(stride_h, MULTIPLE)
+    stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
     offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
     in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
     qkv_ptr += batch * stride_b + head * stride_h
-    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
+    mask_ptr += head * HEAD_DIM
+    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
     scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
     if bias_ptr is not None:
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
+    out_ptr += (batch * tokens * heads + head) * HEAD_DIM
+    log_sum_exp_ptr += (batch * heads + head) * tokens
 
-    if WHOLE_ROW:
-        scores, v = _scores_and_v(
-            scaled_q, qkv_ptr, bias_ptr, offsets_m, 0, tokens, offsets_d, in_head,
-            stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N,
-        )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
-        row_max = tl.max(scores, 1)
-        p = tl.exp2(scores - row_max[:, None])
-        row_sum = tl.sum(p, 1)
-        attended = tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACCUMULATOR)  # (BLOCK_M, BLOCK_D)
+    end = tokens  # of the loop
+    if WHOLE_ROW or LAST_ALONE:
+        # The last keys, which need not fill a tile, come first: what their smaller tile needs is not kept for later.
+        end = (tokens - 1) // BLOCK_N * BLOCK_N
+        row_max, row_sum, attended = _attend(
+            scaled_q, qkv_ptr, bias_ptr, offsets_m, end, tokens, offsets_d, in_head,
+            stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, TAIL,
+        )  # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, BLOCK_D)  # fmt: skip
     else:
         row_max = tl.full((BLOCK_M,), float("-inf"), ACCUMULATOR)
         row_sum = tl.zeros((BLOCK_M,), ACCUMULATOR)
         attended = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
-        for start_n in range(0, tokens, BLOCK_N):
-            scores, v = _scores_and_v(
+    if not WHOLE_ROW:
+        for start_n in range(0, end, BLOCK_N):
+            scores, _, v = _scores_k_v(
                 scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
-                stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N,
+                stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
             # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -288,16 +324,17 @@ def _forward_kernel(
             shrink = tl.exp2(row_max - new_max)
             p = tl.exp2(scores - new_max[:, None])
             row_sum = row_sum * shrink + tl.sum(p, 1)
-            attended = attended * shrink[:, None]
-            attended = tl.dot(p.to(v.dtype), v, attended, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+            # not the product's accumulator: where that shrinks between two products, ptxas waits for every wgmma
+            product = tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+            attended = tl.fma(attended, tl.broadcast_to(shrink[:, None], attended.shape), product)
             row_max = new_max
 
+    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
     # o = (p v) ⊙ m
-    out = attended * mask[None, :] / row_sum[:, None]
-    out_offsets = ((batch * tokens + offsets_m)[:, None] * heads + head) * HEAD_DIM + offsets_d[None, :]
-    tl.store(out_ptr + out_offsets, out, mask=in_queries[:, None] & in_head[None, :])
-    rows = (batch * heads + head) * tokens + offsets_m
-    tl.store(log_sum_exp_ptr + rows, row_max + tl.log2(row_sum), mask=in_queries)
+    out = attended * mask[None, :] * (1.0 / row_sum)[:, None]
+    offsets = offsets_m.to(tl.int64)[:, None] * (heads * HEAD_DIM) + offsets_d[None, :]
+    tl.store(out_ptr + offsets, out, mask=in_queries[:, None] & in_head[None, :])
+    tl.store(log_sum_exp_ptr + offsets_m, row_max + tl.log2(row_sum), mask=in_queries)
 
 
 @triton.jit
@@ -305,10 +342,15 @@ def _backward_query_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of BLOCK_M queries of one head, all keys; delta for the other kernel."""
+    stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
+    stride_h = known_multiple(stride_h, MULTIPLE)
+    stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
+    stride_gb, stride_gn = known_multiple(stride_gb, MULTIPLE), known_multiple(stride_gn, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
     offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -316,8 +358,11 @@ def _backward_query_kernel(
     qkv_ptr += batch * stride_b + head * stride_h
     grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
     out_ptr += (batch * tokens * heads + head) * HEAD_DIM
+    grad_qkv_ptr += (batch * tokens * (3 * heads) + head) * HEAD_DIM
+    partial_ptr += tl.program_id(0).to(tl.int64) * HEAD_DIM
     rows = (batch * heads + head) * tokens + offsets_m
-    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
+    mask_ptr += head * HEAD_DIM
+    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
     scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
     grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
@@ -332,27 +377,29 @@ def _backward_query_kernel(
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
-    for start_n in range(0, tokens, BLOCK_N):
-        offsets_n = start_n + tl.arange(0, BLOCK_N)
-        in_keys = offsets_n < tokens
-        k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-        v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-        scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        if bias_ptr is not None:
-            scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
-        p = tl.exp2(tl.where(in_keys[None, :], scores, float("-inf")) - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
-        grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        # ds = p ⊙ (dp − delta), dq = scale · (ds k) ⊙ m²
-        grad_scores = (p * (grad_p - delta[:, None])).to(k.dtype)
-        grad_q = tl.dot(grad_scores, k, grad_q, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    end = tokens  # of the loop
+    if WHOLE_ROW or LAST_ALONE:
+        end = (tokens - 1) // BLOCK_N * BLOCK_N
+        grad_q = _add_keys(
+            grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, end, tokens,
+            offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
+        )  # fmt: skip
+    if not WHOLE_ROW:
+        for start_n in range(0, end, BLOCK_N):
+            grad_q = _add_keys(
+                grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n, tokens,
+                offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
+            )  # fmt: skip
 
+    if LAST_ALONE:
+        mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
+        q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d, True)
     grad_masked_q = grad_q * (SCALE * mask)[None, :]
-    row_stride = 3 * heads * HEAD_DIM
-    offsets = (batch * tokens + offsets_m)[:, None] * row_stride + head * HEAD_DIM + offsets_d[None, :]
+    offsets = offsets_m.to(tl.int64)[:, None] * (3 * heads * HEAD_DIM) + offsets_d[None, :]
     tl.store(grad_qkv_ptr + offsets, grad_masked_q * mask[None, :], mask=in_queries[:, None] & in_head[None, :])
     # the share of q and k in dm: 2 · scale · m ⊙ Σ_rows q ⊙ (ds k)
     partial = tl.sum(2.0 * grad_masked_q * q.to(ACCUMULATOR), 0)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + offsets_d, partial, mask=in_head)
+    tl.store(partial_ptr + offsets_d, partial, mask=in_head)
 
 
 @triton.jit
@@ -360,20 +407,30 @@ def _backward_key_value_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, all queries. Scores stand transposed: keys × queries."""
+    stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
+    stride_h = known_multiple(stride_h, MULTIPLE)
+    stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
+    stride_gb, stride_gn = known_multiple(stride_gb, MULTIPLE), known_multiple(stride_gn, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_N)
     offsets_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
     in_keys, in_head = offsets_n < tokens, offsets_d < HEAD_DIM
     qkv_ptr += batch * stride_b + head * stride_h
     grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
-    first_row = (batch * heads + head) * tokens
-    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
-    k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-    v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
+    log_sum_exp_ptr += (batch * heads + head) * tokens
+    delta_ptr += (batch * heads + head) * tokens
+    grad_qkv_ptr += ((batch * tokens + tile * BLOCK_N) * (3 * heads) + head) * HEAD_DIM
+    partial_ptr += tl.program_id(0).to(tl.int64) * HEAD_DIM
+    mask_ptr += head * HEAD_DIM
+    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
+    keys, keys_ptr = tl.arange(0, BLOCK_N), qkv_ptr + (tile * BLOCK_N).to(tl.int64) * stride_n
+    k = _load_rows(keys_ptr + stride_k, keys, offsets_d, in_keys, in_head, stride_n, stride_d)
+    v = _load_rows(keys_ptr + stride_v, keys, offsets_d, in_keys, in_head, stride_n, stride_d)
     scaled_k = (k.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(k.dtype)  # (BLOCK_N, BLOCK_D)
     masked_v = (v.to(ACCUMULATOR) * mask[None, :]).to(v.dtype)  # (BLOCK_N, BLOCK_D)
     if bias_ptr is not None:
@@ -381,33 +438,33 @@ def _backward_key_value_kernel(
 
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
     grad_masked_v = tl.zeros((BLOCK_N, BLOCK_D), ACCUMULATOR)
-    for start_m in range(0, tokens, BLOCK_M):
-        offsets_m = start_m + tl.arange(0, BLOCK_M)
-        in_queries = offsets_m < tokens
-        q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)
-        grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
-        # past the last query q and do are 0, so p is finite there and adds nothing
-        log_sum_exp = tl.load(log_sum_exp_ptr + first_row + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
-        delta = tl.load(delta_ptr + first_row + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
-        scores = tl.dot(scaled_k, tl.trans(q), input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        if bias_ptr is not None:
-            scores += _load_bias(bias_ptr, offsets_m[None, :], offsets_n[:, None], tokens, ACCUMULATOR)
-        p = tl.exp2(scores - log_sum_exp[None, :])  # (BLOCK_N, BLOCK_M)
-        # d(v ⊙ m) = pᵀ do
-        grad_masked_v = tl.dot(p.to(q.dtype), grad_out, grad_masked_v, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        grad_p = tl.dot(masked_v, tl.trans(grad_out), input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        # ds = p ⊙ (dp − delta), dk = scale · (dsᵀ q) ⊙ m²
-        grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
-        grad_k = tl.dot(grad_scores, q, grad_k, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    end = tokens  # of the loop
+    if WHOLE_ROW or LAST_ALONE:
+        end = (tokens - 1) // BLOCK_M * BLOCK_M
+        grad_k, grad_masked_v = _add_queries(
+            grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr,
+            log_sum_exp_ptr, delta_ptr, offsets_n, end, tokens, offsets_d, in_head,
+            stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, False,
+        )  # fmt: skip
+    if not WHOLE_ROW:
+        for start_m in range(0, end, BLOCK_M):
+            grad_k, grad_masked_v = _add_queries(
+                grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr,
+                log_sum_exp_ptr, delta_ptr, offsets_n, start_m, tokens, offsets_d, in_head,
+                stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, LAST_ALONE,
+            )  # fmt: skip
 
+    if LAST_ALONE:
+        mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
+        v = _load_rows(keys_ptr + stride_v, keys, offsets_d, in_keys, in_head, stride_n, stride_d, True)
     part = heads * HEAD_DIM
     inside = in_keys[:, None] & in_head[None, :]
-    offsets = (batch * tokens + offsets_n)[:, None] * (3 * part) + part + head * HEAD_DIM + offsets_d[None, :]
+    offsets = keys.to(tl.int64)[:, None] * (3 * part) + part + offsets_d[None, :]
     tl.store(grad_qkv_ptr + offsets, grad_k * (SCALE * mask * mask)[None, :], mask=inside)
     tl.store(grad_qkv_ptr + offsets + part, grad_masked_v * mask[None, :], mask=inside)
     # the share of v in dm: Σ_rows v ⊙ (pᵀ do); past the last key p may overflow
     partial = tl.sum(tl.where(inside, grad_masked_v * v.to(ACCUMULATOR), 0.0), 0)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + offsets_d, partial, mask=in_head)
+    tl.store(partial_ptr + offsets_d, partial, mask=in_head)
 
 
 @triton.jit
@@ -416,10 +473,15 @@ def _backward_bias_kernel(
     sequences, tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
     chunks,
-    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: Σ ds of BLOCK_M queries and BLOCK_N keys of one head, over a chunk of the window's sequences."""
+    stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
+    stride_h = known_multiple(stride_h, MULTIPLE)
+    stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
+    stride_gb, stride_gn = known_multiple(stride_gb, MULTIPLE), known_multiple(stride_gn, MULTIPLE)
     tile, head, window_of_chunk = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M, BLOCK_N)
     window, chunk = window_of_chunk % windows, window_of_chunk // windows
     tiles_n = tl.cdiv(tokens, BLOCK_N)
@@ -427,7 +489,8 @@ def _backward_bias_kernel(
     offsets_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
     in_queries, in_keys, in_head = offsets_m < tokens, offsets_n < tokens, offsets_d < HEAD_DIM
-    mask = tl.load(mask_ptr + head * HEAD_DIM + offsets_d, mask=in_head, other=0.0).to(ACCUMULATOR)  # (BLOCK_D,)
+    mask_ptr += head * HEAD_DIM
+    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     bias_offset = (window * heads + head) * tokens * tokens
     bias = _load_bias(bias_ptr + bias_offset, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
     bias = tl.where(in_keys[None, :], bias, float("-inf"))
@@ -461,19 +524,93 @@ def _backward_bias_kernel(
 
 
 @triton.jit
-def _scores_and_v(
+def _attend(
     scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile of keys, −∞ past the last key, and the tile's values."""
+    """Maximum and sum of the softmax over the last tile of keys alone, and what it attends to."""
+    scores, _, v = _scores_k_v(
+        scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+        stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
+    )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
+    row_max = tl.max(scores, 1)
+    if bias_ptr is not None:  # it may have hidden all of these keys: −∞ − −∞ is no number
+        row_max = tl.maximum(row_max, _LOWEST)
+    p = tl.exp2(scores - row_max[:, None])
+    attended = tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    return row_max, tl.sum(p, 1), attended
+
+
+@triton.jit
+def _scores_k_v(
+    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile of keys, −∞ past the last key, the keys and their values; with WHOLE no key is past the last."""
     offsets_n = start_n + tl.arange(0, BLOCK_N)
-    in_keys = offsets_n < tokens
+    in_keys = (offsets_n < tokens) | WHOLE
     k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     if bias_ptr is not None:
         scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
-    return tl.where(in_keys[None, :], scores, float("-inf")), v
+    return tl.where(in_keys[None, :], scores, float("-inf")), k, v
+
+
+@triton.jit
+def _add_keys(
+    grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d,
+    in_head, stride_n, stride_k, stride_v, stride_d,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """grad_q and what a tile of keys adds to it; with WHOLE no key is past the last."""
+    scores, k, v = _scores_k_v(
+        scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+        stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, WHOLE,
+    )  # fmt: skip
+    p = tl.exp2(scores - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
+    grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    # ds = p ⊙ (dp − delta), dq = scale · (ds k) ⊙ m²
+    grad_scores = (p * (grad_p - delta[:, None])).to(k.dtype)
+    return tl.dot(grad_scores, k, grad_q, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+
+
+@triton.jit
+def _add_queries(
+    grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr,
+    offsets_n, start_m, tokens, offsets_d, in_head, stride_n, stride_d, stride_gn, stride_gd,
+    ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_masked_v and what a tile of queries adds to them; with WHOLE no query is past the last."""
+    offsets_m = start_m + tl.arange(0, BLOCK_M)
+    in_queries = (offsets_m < tokens) | WHOLE
+    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)
+    grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
+    # past the last query q and do are 0, so p is finite there and adds nothing
+    log_sum_exp = tl.load(log_sum_exp_ptr + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
+    delta = tl.load(delta_ptr + offsets_m, mask=in_queries, other=0.0)  # (BLOCK_M,)
+    scores = tl.dot(scaled_k, tl.trans(q), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    if bias_ptr is not None:
+        scores += _load_bias(bias_ptr, offsets_m[None, :], offsets_n[:, None], tokens, ACCUMULATOR)
+    p = tl.exp2(scores - log_sum_exp[None, :])  # (BLOCK_N, BLOCK_M)
+    # d(v ⊙ m) = pᵀ do
+    grad_masked_v = tl.dot(p.to(q.dtype), grad_out, grad_masked_v, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    grad_p = tl.dot(masked_v, tl.trans(grad_out), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    # ds = p ⊙ (dp − delta), dk = scale · (dsᵀ q) ⊙ m²
+    grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
+    grad_k = tl.dot(grad_scores, q, grad_k, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    return grad_k, grad_masked_v
+
+
+@triton.jit
+def _load_mask(ptr, offsets_d, in_head, ACCUMULATOR: tl.constexpr, AGAIN: tl.constexpr = False):
+    """The mask of a head, zero outside.
+
+    AGAIN names the cache that every load takes: a difference that keeps the compiler from merging it with an earlier
+    load, whose result would then stay in registers in between.
+    """
+    mask = tl.load(ptr + offsets_d, mask=in_head, other=0.0, cache_modifier=".ca" if AGAIN else "")
+    return mask.to(ACCUMULATOR)
 
 
 @triton.jit
@@ -498,8 +635,9 @@ def _tile_of_head(program, tokens, heads, BLOCK: tl.constexpr, OTHER_BLOCK: tl.c
 
 
 @triton.jit
-def _load_rows(ptr, offsets, offsets_d, in_rows, in_head, stride_row, stride_d):
-    """A (len(offsets), BLOCK_D) tile, zero outside."""
+def _load_rows(ptr, offsets, offsets_d, in_rows, in_head, stride_row, stride_d, AGAIN: tl.constexpr = False):
+    """A (len(offsets), BLOCK_D) tile, zero outside. See _load_mask for AGAIN."""
     rows = offsets.to(tl.int64)[:, None] * stride_row
     columns = offsets_d.to(tl.int64)[None, :] * stride_d
-    return tl.load(ptr + rows + columns, mask=in_rows[:, None] & in_head[None, :], other=0.0)
+    inside = in_rows[:, None] & in_head[None, :]
+    return tl.load(ptr + rows + columns, mask=inside, other=0.0, cache_modifier=".ca" if AGAIN else "")
