@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
     dot_precision,
@@ -158,21 +159,21 @@ def backward(
 
     def launch_query(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
-        partial = delta.new_empty(batch, heads, tiles, head_dim)
+        partial = delta.new_empty(batch * tiles, heads * head_dim)
         _backward_query_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], **constants, **configuration,
         )  # fmt: skip
-        return partial.sum((0, 2))
+        return column_sums(partial).view(heads, head_dim)
 
     def launch_key_value(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
-        partial = delta.new_empty(batch, heads, tiles, head_dim)
+        partial = delta.new_empty(batch * tiles, heads * head_dim)
         _backward_key_value_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial, *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_M"], **constants, **configuration,
         )  # fmt: skip
-        return partial.sum((0, 2))
+        return column_sums(partial).view(heads, head_dim)
 
     if qkv.numel() == 0:
         return grad_qkv, delta.new_zeros(heads, head_dim)
@@ -359,7 +360,7 @@ def _backward_query_kernel(
     grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
     out_ptr += (batch * tokens * heads + head) * HEAD_DIM
     grad_qkv_ptr += (batch * tokens * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += tl.program_id(0).to(tl.int64) * HEAD_DIM
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * heads + head) * HEAD_DIM
     rows = (batch * heads + head) * tokens + offsets_m
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
@@ -425,7 +426,7 @@ def _backward_key_value_kernel(
     log_sum_exp_ptr += (batch * heads + head) * tokens
     delta_ptr += (batch * heads + head) * tokens
     grad_qkv_ptr += ((batch * tokens + tile * BLOCK_N) * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += tl.program_id(0).to(tl.int64) * HEAD_DIM
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_N) + tile) * heads + head) * HEAD_DIM
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     keys, keys_ptr = tl.arange(0, BLOCK_N), qkv_ptr + (tile * BLOCK_N).to(tl.int64) * stride_n
