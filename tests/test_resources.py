@@ -46,12 +46,12 @@ SPILLS = {
     # Rows that are no multiples of 16 elements, or start between two of them, are read element by element: each of a
     # tile's addresses takes registers.
     ("masked_linear._forward_kernel", "odd"): 528,
-    ("masked_linear._forward_kernel", "unaligned"): 328,
+    ("masked_linear._forward_kernel", "unaligned"): 384,
     ("masked_mlp._backward_kernel", "odd"): 8,
-    ("masked_attention._forward_kernel", "unaligned"): 16,
+    ("masked_attention._forward_kernel", "unaligned"): 128,
     # the candidates that are held to 128 registers
     ("masked_attention._backward_query_kernel", "unaligned"): 24,
-    ("masked_attention._backward_query_kernel", "strided"): 16,
+    ("masked_attention._backward_query_kernel", "strided"): 8,
     ("masked_layer_norm._forward_kernel", "odd"): 8,
     # Odd sizes and strides in every configuration, as above
     ("masked_linear._forward_kernel", OP_TESTS): 896,
@@ -200,11 +200,13 @@ def test_two_blocks_hide_each_others_latency(compiled):
 
 
 def test_multiples_of_8_are_read_in_full_width(compiled):
-    """16 bytes a thread."""
+    """16 bytes a thread, but for heads of fewer than 16 channels."""
     plain = PRODUCT_KERNELS - PERSISTENT_KERNELS  # those copy whole tiles
-    timed = [row for row in compiled if label_of(row) in ("timed", "multiples of 8") and row["kernel"] in plain]
-    assert {row["kernel"] for row in timed} == plain - {"masked_attention._backward_bias_kernel"}
-    assert [row for row in timed if row["access"] < 16] == []
+    wide = [row for row in compiled if row["kernel"] in plain and row["options"].get("HEAD_DIM", 16) >= 16]
+    for label in ("timed", "multiples of 8"):
+        rows = [row for row in wide if label_of(row) == label]
+        assert {row["kernel"] for row in rows} >= plain - {"masked_attention._backward_bias_kernel"}
+        assert [row for row in rows if row["access"] < 16] == []
 
 
 def test_norms_of_multiples_of_8_are_read_in_full_width(compiled):

@@ -174,23 +174,17 @@ def linear_forward():
 
 
 def linear_backward():
-    grad_out, pre, mask = promised(ROWS_OF_NARROW, NARROW), promised(ROWS_OF_NARROW, NARROW), half(NARROW)
-    grad_out[-5:], pre[-5:] = half(5, NARROW), half(5, NARROW)
-    grad_pre = last_program("masked_linear", "_backward_kernel", "backward", grad_out, pre, mask, "relu")[
-        "grad_pre_ptr"
-    ]
-    masked = pre[-5:, -3:].float() * mask[-3:]
-    return grad_pre, grad_pre[-5:, -3:], grad_out[-5:, -3:].float() * (masked > 0) * mask[-3:]
+    grad_out, slope = promised(ROWS_OF_NARROW, NARROW), promised(ROWS_OF_NARROW, NARROW)
+    grad_out[-5:], slope[-5:] = half(5, NARROW), half(5, NARROW)
+    grad = last_program("masked_linear", "_backward_kernel", "backward", grad_out, slope, "gelu")["grad_ptr"]
+    return grad, grad[-5:, -3:], grad_out[-5:, -3:].float() * slope[-5:, -3:].float()
 
 
 def mlp_backward():
-    grad_out, weight, pre, mask = half(ROWS, 4), half(4, COLUMNS), promised(ROWS, COLUMNS), half(COLUMNS)
-    pre[-5:, -3:] = half(5, 3)
-    found = last_program("masked_mlp", "_backward_kernel", "backward", grad_out, weight, pre, mask, "relu")
-    masked = pre[-5:, -3:].float() * mask[-3:]
-    grad_pre = (grad_out[-5:].float() @ weight[:, -3:].float()) * (masked > 0) * mask[-3:]
-    got = torch.cat([found["grad_pre_ptr"][-5:, -3:], found["hidden_ptr"][-5:, -3:]])
-    return found["hidden_ptr"], got, torch.cat([grad_pre, masked.relu()])
+    grad_out, weight, slope = half(ROWS, 4), half(4, COLUMNS), promised(ROWS, COLUMNS)
+    slope[-5:, -3:] = half(5, 3)
+    grad = last_program("masked_mlp", "_backward_kernel", "backward", grad_out, weight, slope, "gelu")["grad_ptr"]
+    return grad, grad[-5:, -3:], (grad_out[-5:].float() @ weight[:, -3:].float()) * slope[-5:, -3:].float()
 
 
 def norm_inputs():
