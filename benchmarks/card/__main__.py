@@ -11,6 +11,7 @@ says what each line means.
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ USUAL_SECONDS = 300.0
 
 def main() -> int:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside it ends its processes too
     settings = Settings(arguments.device, arguments.results or _usual_results(arguments.device))
     parts = [part for part in RUNS[arguments.run](settings) if part.name in (arguments.parts or [part.name])]
     if arguments.dry:

@@ -92,9 +92,9 @@ def first(settings: Settings) -> list[Part]:
     return [
         Part("machine", [settings.module("machine", "benchmarks.card.machine")], most=40, least=5),
         Part("smoke", smoke, most=75, least=20),
-        Part("times", times, most=90, least=25, in_turns=True),
-        Part("tests", _tests(settings), most=75, least=25),
-        Part("step", [checked, *steps], most=90, least=45, in_turns=True),
+        Part("tests", _tests(settings), most=110, least=25),
+        Part("step", [checked, *steps], most=80, least=45, in_turns=True),
+        Part("times", times, most=110, least=40, in_turns=True),
     ]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from benchmarks.process import READY, VERDICT
 
 BAD = ("WRONG", "FAILED", "DIED", "OVERRAN")  # begin the verdicts that something is wrong
-LEAVING = 3.0  # seconds that a process gets to end by itself after its time
+LEAVING = 6.0  # seconds that a process gets to end by itself after its time
 
 
 @dataclass(frozen=True)

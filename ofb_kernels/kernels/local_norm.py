@@ -15,8 +15,8 @@ from ofb_kernels.kernels.tuning import run_configured
 
 # Each of STRIPS warps slides down STRIP rows; the default first.
 CONFIGURATIONS = (
-    dict(STRIP=14, STRIPS=4, num_warps=4),
     dict(STRIP=10, STRIPS=4, num_warps=4),
+    dict(STRIP=14, STRIPS=4, num_warps=4),
 )
 LANES = 32  # a row's groups of four columns in one warp
 GROUP = 4

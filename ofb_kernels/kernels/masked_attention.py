@@ -50,8 +50,6 @@ FORWARD_CONFIGURATIONS = {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=128),
-        dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
-        dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
     ),
     (2, 128): (
         dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
@@ -64,11 +62,8 @@ FORWARD_CONFIGURATIONS = {
 }
 BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
     (2, 64): (
-        dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=128),
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-        dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
-        dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=128),
     ),
     (2, 128): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
@@ -77,10 +72,8 @@ BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
 }
 BACKWARD_KEY_VALUE_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
     (2, 64): (
-        dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2),
-        dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
-        dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
     ),
     (2, 128): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),

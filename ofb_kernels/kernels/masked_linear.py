@@ -51,13 +51,10 @@ FORWARD_CONFIGURATIONS = {
 # PROGRAMS is how many of them share a multiprocessor.
 PERSISTENT_FORWARD_CONFIGURATIONS = (
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=2, FLATTEN=True, PROGRAMS=2, num_warps=8, num_stages=3),
-    dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=2, FLATTEN=True, PROGRAMS=1, num_warps=8, num_stages=3),
-    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=True, PROGRAMS=1, num_warps=8, num_stages=4),
 )
 BACKWARD_CONFIGURATIONS = (
     dict(BLOCK_M=32, BLOCK_N=128, STEPS=8, num_warps=4, num_stages=2),
     dict(BLOCK_M=64, BLOCK_N=64, STEPS=8, num_warps=4, num_stages=2),
-    dict(BLOCK_M=32, BLOCK_N=64, STEPS=16, num_warps=4, num_stages=2),
 )
 
 

@@ -38,19 +38,16 @@ from ofb_kernels.kernels.tuning import run_configured
 # Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only), the default first.
 BACKWARD_CONFIGURATIONS = {
     2: (
-        dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
         dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=2),
-        dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
     ),
     4: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),),
     8: (dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),),
 }
 # PROGRAMS is how many of them share a multiprocessor.
 PERSISTENT_BACKWARD_CONFIGURATIONS = (
-    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=False, PROGRAMS=2, num_warps=8, num_stages=3),
-    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=2, FLATTEN=True, PROGRAMS=1, num_warps=8, num_stages=3),
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=2, FLATTEN=False, PROGRAMS=2, num_warps=8, num_stages=3),
-    dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, HALVES=1, FLATTEN=False, PROGRAMS=2, num_warps=8, num_stages=3),
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=False, PROGRAMS=2, num_warps=8, num_stages=3),
 )
 
 
