@@ -19,8 +19,9 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         """Short: "backward_query 64×32 w4 s2" of masked_attention.backward_query with its tile, warps and stages."""
         tile = "×".join(str(value) for name, value in self.configuration.items() if not name.startswith("num_"))
-        warps, stages = (self.configuration.get(name, "") for name in ("num_warps", "num_stages"))
-        return f"{self.kernel.split()[0].split('.')[-1]} {tile} w{warps} s{stages}"
+        numbers = {"w": "num_warps", "s": "num_stages"}
+        counts = [f"{sign}{self.configuration[name]}" for sign, name in numbers.items() if name in self.configuration]
+        return " ".join([self.kernel.split()[0].split(".")[-1], tile, *counts])
 
 
 def defaults_and_others(run: Run) -> tuple[list[Choice], list[Choice]]:
