@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -149,7 +150,8 @@ def test_crash_overrun_and_absence(in_turns, monkeypatch, tmp_path):
     assert not state.exists() or state.read_text().split()[2] == "Z"  # killed, and perhaps not yet waited for
 
 
-def test_ctrl_c(monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_by_a_signal(monkeypatch, tmp_path, number):
     """What was said until then is shown, nothing runs on, and no later part begins."""
     pid = tmp_path / "pid"
     code = f"open({str(pid)!r}, 'w').write(str(os.getpid()))\nprint('=> said', flush=True)\ntime.sleep(60)"
@@ -157,13 +159,14 @@ def test_ctrl_c(monkeypatch, tmp_path):
     def interrupt(running, until):
         while "=> said" not in running[0].lines:
             time.sleep(0.05)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(5)
 
     monkeypatch.setattr(processes, "_run_together", interrupt)
     later = Part("later", [python("third", WELL)], 5, 1)
     code, text = run(monkeypatch, tmp_path, Part("slow", [python("slow", code)], 30, 1), later)
     assert code == 130 and "said" in text and "later" not in text and "OVERRAN" not in text
-    assert text.splitlines()[-1] == "-- ended by Ctrl-C; what was measured until then is written"
+    assert text.splitlines()[-1] == "-- ended by a signal; what was measured until then is written"
     assert not Path("/proc", pid.read_text()).exists()
 
 

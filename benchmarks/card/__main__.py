@@ -53,7 +53,7 @@ def main() -> int:
         print("-- a rehearsal on a CPU: its times mean nothing")
     print(summary(outcomes))
     if outcomes[-1].interrupted:
-        print("-- ended by Ctrl-C; what was measured until then is written")
+        print("-- ended by a signal; what was measured until then is written")
         return 130
     return 1 if any(line.startswith(BAD) for outcome in outcomes for line in outcome.verdicts) else 0
 
