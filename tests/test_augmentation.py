@@ -1,5 +1,6 @@
 """Augmentation: no policy of --aa asks Pillow for what it refuses; files of every mode; errors name the policy."""
 
+import pickle
 import random
 from functools import partial
 
@@ -105,6 +106,11 @@ def test_bits_are_kept_as_asked_but_for_the_last(monkeypatch):
     for _ in range(3000):
         augment(Image.new("RGB", (8, 8)))
     assert set(asked) == {1, 2, 3, 4}
+
+
+def test_it_goes_to_worker_processes_that_are_not_forked():
+    augment = Augmentation(create_transform(8, is_training=True, auto_augment="v0r"), "v0r")
+    assert pickle.loads(pickle.dumps(augment))(Image.new("RGB", (8, 8))).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("channels", [3, 1])

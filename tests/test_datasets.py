@@ -146,6 +146,13 @@ def test_training_images_alone_may_be_split(folder):
     assert [len(part) for part in parts_of(loaders_of(folder / "train", test_share=0.25))] == [27, 9, 12]
 
 
+def test_images_without_folders(folder):
+    with pytest.raises(
+        ValueError, match="data_dir: expected folders of splits, or of classes, in .*cat, got none; lay"
+    ):
+        loaders_of(folder / "train/cat")
+
+
 def test_other_names_of_splits(folder):
     (folder / "train").rename(folder / "training"), (folder / "validation").rename(folder / "val")
     assert [len(part) for part in parts_of(loaders_of(folder))] == [36, 12, 24]

@@ -129,13 +129,15 @@ def _folder(config: DataConfig, option: str) -> str:
             )
         return root
     folder = split_folder(root, split)
+    if folder is None and not subfolders(root):
+        raise ValueError(
+            f"data_dir: expected folders of splits, or of classes, in {root}, got none; lay the images out so"
+        )
     if folder is None:
         hint = f"name the one to use with --{option.replace('_', '-')}"
         if option == "test_split" and (train := split_folder(root, config.train_split)):
             hint += f", or split the training images by --test-share: --data-dir {train}"
-        raise ValueError(
-            f"{option}: expected a folder {split!r} in {root}, got {shown(subfolders(root)) or 'no folders'}; {hint}"
-        )
+        raise ValueError(f"{option}: expected a folder {split!r} in {root}, got {shown(subfolders(root))}; {hint}")
     return folder
 
 
