@@ -121,7 +121,7 @@ def parse(command: str, config_class: type, args: Sequence[str], restarted: bool
 def run_train(config: TrainConfig) -> None:
     config = on_main(_with_run_folder, "train", config)
     model = _starting_model(config)
-    loaders = create_loaders(config, model, pick_device(config))
+    loaders = _loaders(config, model)
     with _run("train", config):
         teacher = _teacher(config, model, None)
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
@@ -137,7 +137,7 @@ def run_train(config: TrainConfig) -> None:
 def run_search(config: SearchConfig) -> None:
     config = on_main(_with_run_folder, "search", config)
     dense = _starting_model(config)
-    loaders = create_loaders(config, dense, pick_device(config))
+    loaders = _loaders(config, dense)
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
     is_trained = config.checkpoint is not None or config.pretrained
     if not is_trained:
@@ -158,7 +158,7 @@ def run_search(config: SearchConfig) -> None:
 
 def run_evaluate(config: EvaluateConfig) -> None:
     model = ofb.load(_network_folder(config.checkpoint))
-    loaders = create_loaders(config, model, pick_device(config))
+    loaders = _loaders(config, model)
     print(f"{config.split}  {_shown(ofb.evaluate(model, getattr(loaders, config.split), config))}")
     _tell_skipped(loaders)
 
@@ -335,6 +335,13 @@ def _in_one_line(error: Exception) -> str:
     if "Traceback (most recent call last)" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     return " ".join(text.split())
+
+
+def _loaders(config: TrainingConfig | EvaluateConfig, model: nn.Module) -> Loaders:
+    loaders = create_loaders(config, model, pick_device(config))
+    for note in loaders.notes:
+        print(f"note: {note}")
+    return loaders
 
 
 def _tell_skipped(loaders: Loaders) -> None:

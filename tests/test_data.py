@@ -1,5 +1,6 @@
 """The digits: disjoint, stratified, the same every time; and timm's data sets by folder and by shard."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -162,5 +163,8 @@ def test_webdataset_shards(tmp_path):
     loaders = create_loaders(config, create_model(config), CPU)
     assert [len(images) for images, _ in loaders.train] == [8, 8, 8]
     assert sorted(torch.cat([targets for _, targets in loaders.test]).tolist()) == [0] * 4 + [1] * 4
+    assert loaders.notes == ("'validation' both chooses the best epoch and reports: its figures are too good",)
+    with pytest.raises(ValueError, match="val_split: expected images that are in no other split, got 'train'"):
+        create_loaders(dataclasses.replace(config, val_split="train"), create_model(config), CPU)
     with pytest.raises(ValueError, match="val_split: expected a split of wds/toy, whose images cannot be held out"):
         create_loaders(TrainConfig(**options, model=config.model, model_kwargs=kwargs), create_model(config), CPU)

@@ -259,7 +259,7 @@ def search_config(task: Task, **options) -> SearchConfig:
     given = dict(key_and_value("options", pair) for pair in job.options)
     recipe = {
         "data": setting.data,
-        "data_dir": job.data_dir,
+        "data_dir": None if setting.data == "digits" else job.data_dir,
         "batch_size": setting.batch_size,
         "seed": job.seed,
         "target": job.target.split(",")[-1],

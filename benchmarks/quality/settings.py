@@ -146,7 +146,7 @@ def _trained(setting: Setting, config: TrainConfig, loaders: Loaders, folder: Pa
 def _data_config(setting: Setting, data_dir: str) -> TrainConfig:
     return TrainConfig(
         data=setting.data,
-        data_dir=data_dir,
+        data_dir=None if setting.data == "digits" else data_dir,
         batch_size=setting.batch_size,
         model=setting.architecture,
         model_kwargs=tuple(f"{key}={value}" for key, value in setting.model.items()),

@@ -15,6 +15,8 @@ from ofb.engine.options import at_least, between, key_and_value, positive
 from ofb.supernet.losses import Criterion
 from ofb.supernet.search_space import SearchSpace
 
+DATA_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # of what timm does not read from a folder of images
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -43,15 +45,16 @@ class RunConfig:
 class DataConfig:
     """Which images, and how they are read."""
 
-    data: str = "digits"
+    data: str | None = None
     """`digits` (1,797 scans of 8 × 8 pixels that scikit-learn ships), or a data set as timm names it: an empty string
-    for an image folder, torch/cifar10, hfds/…, tfds/…"""
+    for an image folder, torch/cifar10, hfds/…, tfds/… If not given, the image folder --data-dir, or else the digits."""
 
     data_dir: str | None = None
-    """Folder of the data set."""
+    """Folder of the data set: of images with a folder for each split, or of classes alone, which is split (--val-share,
+    --test-share)."""
 
     train_split: str = "train"
-    """Split to train on."""
+    """Split to train on; class indices are those of its classes."""
 
     val_split: str | None = None
     """Split that chooses the best epoch; part of the training split (--val-share) is held out for it if not given."""
@@ -60,7 +63,10 @@ class DataConfig:
     """Split that only reports."""
 
     val_share: float = 0.02
-    """Share of the training split that is held out to choose the best epoch."""
+    """Share of the training images that is held out to choose the best epoch, where there is no --val-split."""
+
+    test_share: float = 0.1
+    """Share of the images that only reports, of a folder of classes without splits; the same for each --seed."""
 
     batch_size: int = 1024
     """Images in a step, over all processes of a job together."""
@@ -74,12 +80,26 @@ class DataConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
         at_least(self, 0, "workers")
-        between(self, 0, 1, "val_share")
-        if self.data != "digits" and self.data_dir is None and "/" not in self.data:
+        between(self, 0, 1, "val_share", "test_share")
+        if self.data is None:
+            self.data = "digits" if self.data_dir is None else ""
+        if self.data == "digits" and self.data_dir:
+            raise ValueError(
+                f"data: expected `digits` without a folder, got data_dir {self.data_dir} as well; leave --data-dir "
+                'out to use the digits, or say --data "" to use the folder'
+            )
+        if self.is_image_folder and self.data_dir is None:
             raise ValueError(
                 f"data: expected `digits`, a timm data set with a prefix such as torch/cifar10, or any name with "
                 f"--data-dir, got {self.data!r} alone; add --data-dir FOLDER"
             )
+
+    @property
+    def is_image_folder(self) -> bool:
+        """Whether the data set is a folder, or tar file, of images."""
+        if self.data.lower() in ("torch/image_folder", "torch/folder"):
+            return True
+        return self.data != "digits" and self.data.partition("/")[0].lower() not in DATA_PREFIXES
 
 
 @dataclass(kw_only=True)

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
+from timm.data import create_loader, resolve_data_config
 from timm.data.loader import PrefetchLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
 
+from ofb.engine.augmentation import Augmentation, check_policy
 from ofb.engine.config import DataConfig, TrainingConfig
-from ofb.engine.readable import PassesTransform, ReadableImages
+from ofb.engine.datasets import has_training_images, open_parts, open_split
+from ofb.engine.readable import ReadableImages
 from ofb.engine.shards import loader_batch_size
+from ofb.engine.splits import class_indices, count_classes, shown
 from ofb.supernet.families import family_of
 
 # Mean and standard deviation of the training digits' pixels, 0 to 1.
@@ -30,15 +33,20 @@ DIGITS_PARTS = {"train": 1197, "val": 300, "test": 300}
 
 @dataclass(frozen=True)
 class Loaders:
-    """Loaders of (images, class indices) for the three parts."""
+    """Loaders of (images, class indices) for the three parts, and notes: what a user should know about the data.
 
-    train: DataLoader
-    val: DataLoader
+    Where a folder has test images alone, these are all that there is to evaluate.
+    """
+
+    train: DataLoader | None
+    val: DataLoader | None
     test: DataLoader
+    notes: tuple[str, ...] = ()
 
     def skipped(self) -> list[str]:
         """Image files that could not be read so far, and were left out."""
-        return sorted({name for loader in (self.train, self.val, self.test) for name in _skipped(loader.dataset)})
+        loaders = (loader for loader in (self.train, self.val, self.test) if loader is not None)
+        return sorted({name for loader in loaders for name in _skipped(loader.dataset)})
 
 
 class Digits(Dataset):
@@ -171,11 +179,9 @@ def _digits_loaders(config: DataConfig, model: nn.Module, device: torch.device) 
 
 def _timm_loaders(config: DataConfig, model: nn.Module, device: torch.device) -> Loaders:
     expected = data_config(model)
-    train, val = _train_and_val(config, expected)
-    test = _dataset(config, config.test_split, expected)
-    augmentation = {}
-    if isinstance(config, TrainingConfig):
-        augmentation = {"auto_augment": config.aa, "re_prob": config.reprob, "re_mode": "pixel"}
+    channels, trains = expected["input_size"][0], isinstance(config, TrainingConfig)
+    if trains:
+        check_policy(config.aa, expected["input_size"])
 
     def loader(dataset: Dataset, **options: Any) -> DataLoader:
         return create_loader(
@@ -191,26 +197,40 @@ def _timm_loaders(config: DataConfig, model: nn.Module, device: torch.device) ->
             **options,
         )
 
-    train_loader = loader(train, is_training=True, **augmentation)
-    if isinstance(config, TrainingConfig) and config.aug_repeats > 1:
-        train_loader = _repeating(train_loader, config.aug_repeats)
-    return Loaders(train_loader, loader(val), loader(test))
+    if not trains and getattr(config, "split", None) == "test" and not has_training_images(config):
+        test = open_split(config, "test_split", channels)
+        note = _check_classes_of_test(model, test, config)
+        return Loaders(None, None, loader(test), (note,))
+    parts, notes = open_parts(config, channels)
+    _check_classes_of_model(model, parts["train"])
+    augmentation = {"auto_augment": config.aa, "re_prob": config.reprob, "re_mode": "pixel"} if trains else {}
+    train = loader(parts["train"], is_training=True, **augmentation)
+    if trains:
+        parts["train"].transform = Augmentation(parts["train"].transform, config.aa)
+        if config.aug_repeats > 1:
+            train = _repeating(train, config.aug_repeats)
+    return Loaders(train, loader(parts["val"]), loader(parts["test"]), tuple(notes))
 
 
-def _train_and_val(config: DataConfig, expected: dict[str, Any]) -> tuple[Dataset, Dataset]:
-    """The training images and those that choose the best epoch, disjoint."""
-    train = _dataset(config, config.train_split, expected, is_training=True)
-    if config.val_split is not None:
-        return train, _dataset(config, config.val_split, expected)
-    if isinstance(train, IterableDataset):
-        raise ValueError(f"val_split: expected a split of {config.data}, whose images cannot be held out, got None")
-    order = np.random.default_rng(config.seed).permutation(len(train))
-    held_out = round(len(train) * config.val_share)
-    if not 0 < held_out < len(train):
-        raise ValueError(f"val_share: expected to hold out at least one of {len(train)} images, got {config.val_share}")
-    # Two data sets on the same files, since each has its own transform.
-    val = _dataset(config, config.train_split, expected)
-    return _Part(train, sorted(order[held_out:])), _Part(val, sorted(order[:held_out]))
+def _check_classes_of_model(model: nn.Module, train: Dataset) -> None:
+    classes = count_classes(train)
+    if classes > model.num_classes:
+        raise ValueError(
+            f"data: expected at most the {model.num_classes} classes of the model, got {classes} "
+            f"({shown(class_indices(train), 5)}); leave num_classes out of --model-kwargs, or start from a model for "
+            "these classes"
+        )
+
+
+def _check_classes_of_test(model: nn.Module, test: Dataset, config: DataConfig) -> str:
+    """A note that there is no training split, whose class indices are thus taken to be those of the test split."""
+    classes = count_classes(test)
+    if classes != model.num_classes:
+        raise ValueError(
+            f"train_split: expected a folder {config.train_split!r} in {config.data_dir}, whose classes say which is "
+            f"which, or test images of all {model.num_classes} classes of the model, got {classes}; add the folder"
+        )
+    return f"{config.data_dir} has no training images: class indices are the order of the classes of the test images"
 
 
 class RepeatedAugmentation(Sampler):
@@ -251,32 +271,6 @@ def _repeating(loader: DataLoader | PrefetchLoader, repeats: int) -> DataLoader 
     return loader
 
 
-class _Part(PassesTransform, Subset):
-    """Some images of a data set."""
-
-
-def _dataset(config: DataConfig, split: str, expected: dict[str, Any], is_training: bool = False) -> Dataset:
-    mode = {"input_img_mode": "L"} if expected["input_size"][0] == 1 else {}
-    if config.data.startswith("torch/"):
-        mode = {}
-    try:
-        dataset = create_dataset(
-            config.data,
-            root=config.data_dir,
-            split=split,
-            is_training=is_training,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            **mode,
-        )
-    except (OSError, RuntimeError, AssertionError, ValueError, KeyError) as error:
-        reason = str(error) or "no such folder"  # timm asserts that there is one, without a word
-        raise ValueError(
-            f"data: cannot read split {split!r} of {config.data!r} in {config.data_dir}: {reason}"
-        ) from error
-    return ReadableImages(dataset, config.skip_broken) if type(dataset) is ImageDataset else dataset
-
-
 def _skipped(dataset: Dataset) -> list[str]:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
@@ -287,6 +281,5 @@ def _options_of_data(config: DataConfig) -> dict[str, Any]:
     """What a data set asks of a model."""
     if config.data == "digits":
         return {**DIGITS_OPTIONS, "pretrained_cfg_overlay": DIGITS_CFG}
-    dataset = _dataset(config, config.train_split, {"input_size": (3,)})
-    classes = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "classes", None)
-    return {"num_classes": len(classes)} if classes else {}
+    classes = count_classes(open_split(config, "train_split", channels=3))
+    return {"num_classes": classes} if classes else {}

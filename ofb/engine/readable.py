@@ -9,21 +9,7 @@ from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
 
-class PassesTransform:
-    """A data set on another one, whose transform is that one's: timm's loader sets it on the outer one."""
-
-    dataset: Dataset
-
-    @property
-    def transform(self) -> Callable | None:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Callable | None) -> None:
-        self.dataset.transform = transform
-
-
-class ReadableImages(PassesTransform, Dataset):
+class ReadableImages(Dataset):
     """timm's data set of image files, without its silence about those that cannot be read.
 
     Args:
@@ -32,11 +18,12 @@ class ReadableImages(PassesTransform, Dataset):
 
     Raises:
         ValueError: on reading an image, if it cannot be read and is not to be skipped, or if none can.
+        RuntimeError: on reading an image, if what is done to it afterwards fails.
     """
 
     def __init__(self, dataset: ImageDataset, skip: bool) -> None:
-        dataset._max_retries = 1  # timm would go on to the next images, with a warning
         self.dataset, self.skip = dataset, skip
+        self.transform: Callable | None = None
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # workers are processes
 
     def __len__(self) -> int:
@@ -48,29 +35,44 @@ class ReadableImages(PassesTransform, Dataset):
             if self.unreadable[candidate]:
                 continue
             try:
-                return self.dataset[candidate]
-            except (OSError, RuntimeError) as error:
+                image, target = self._read(candidate)
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow raises almost anything on a damaged file
                 if not self.skip:
-                    name, reason = self.dataset.filename(candidate, absolute=True), self._reason(candidate) or error
+                    reason = str(error) or type(error).__name__
                     raise ValueError(
-                        f"data: expected an image in {name}, got a file that cannot be read ({reason}); "
-                        "replace it, or leave such images out with --skip-broken"
+                        f"data: expected an image in {self._name(candidate)}, got a file that cannot be read "
+                        f"({reason}); replace it, or leave such images out with --skip-broken"
                     ) from error
                 self.unreadable[candidate] = True
+            else:
+                return self._transformed(image, candidate), target
         raise ValueError(f"data: expected images, got {len(self)} files of which none can be read")
 
     def skipped(self) -> list[str]:
         """Files that turned out not to be readable, so far."""
-        return [self.dataset.filename(index, absolute=True) for index in self.unreadable.nonzero().flatten().tolist()]
+        return [self._name(index) for index in self.unreadable.nonzero().flatten().tolist()]
 
     @property
     def reader(self) -> Any:
         return self.dataset.reader
 
-    def _reason(self, index: int) -> str:
-        """What stands in the way of reading an image, which timm does not tell."""
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        """As timm's data set reads an image, which goes on to the next one, with a warning, where it cannot."""
+        file, target = self.reader[index]
+        with file, Image.open(file) as image:
+            return image.convert(self.dataset.input_img_mode), -1 if target is None else target
+
+    def _transformed(self, image: Image.Image, index: int) -> Any:
+        if self.transform is None:
+            return image
         try:
-            Image.open(self.dataset.reader[index][0]).load()
-        except OSError as error:
-            return str(error)
-        return ""
+            return self.transform(image)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"data: {self._name(index)}: {str(error) or type(error).__name__}") from error
+
+    def _name(self, index: int) -> str:
+        return self.dataset.filename(index, absolute=True) or f"image {index}"
