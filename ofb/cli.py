@@ -28,7 +28,7 @@ from ofb.engine.distributed import is_main, may_restart, on_main, process_group,
 from ofb.engine.options import from_dict, to_dict
 from ofb.engine.presets import preset
 from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE, is_empty, locked
-from ofb.engine.search import make_supernet
+from ofb.engine.search import describe_latency_targets, make_supernet
 from ofb.engine.seeding import seed_everything
 from ofb.engine.signals import Stopped, sigterm_raises
 from ofb.engine.tool_config import (
@@ -41,8 +41,9 @@ from ofb.engine.tool_config import (
 )
 from ofb.engine.untrusted import parse_yaml
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
-from ofb.profile import profile, profile_table
-from ofb.report import comparison_table, figures, write_report
+from ofb.network_latency import latency_note
+from ofb.profile import TOTAL, profile_networks, profile_table
+from ofb.report import comparison_table, figures, latencies_of, write_report
 from ofb.supernet.families import count_macs, sizes_of
 
 UNWELL, USER_ERROR = 1, 2
@@ -149,9 +150,10 @@ def run_search(config: SearchConfig) -> None:
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         metrics = {name: ofb.evaluate(network, loaders.test, config) for name, network in networks.items()}
-        compared = on_main(figures, networks, metrics)
+        compared = on_main(figures, networks, metrics, config.latency_batch_size, pick_device(config))
         _write_figures(config, networks, compared)
-    print(f"\n{comparison_table(compared)}\n")
+    against_targets = describe_latency_targets(supernet, latencies_of(compared))
+    print("", comparison_table(compared), *([against_targets] if against_targets else []), "", sep="\n")
     _tell_skipped(loaders)
     print(f"report: {on_main(write_report, config.output)}\nrun folder: {config.output}")
 
@@ -182,7 +184,8 @@ def run_profile(config: ProfileConfig) -> None:
         networks = {config.network: timm.create_model(config.network)}
     else:
         raise ValueError(f"network: expected a run folder or the name of a timm model, got {config.network!r}")
-    print(profile_table({name: profile(each, config.batch_size, device) for name, each in networks.items()}))
+    costs = profile_networks(networks, config.batch_size, device)
+    print(f"{profile_table(costs)}\n{latency_note({name: layers[TOTAL].latency for name, layers in costs.items()})}")
 
 
 def run_doctor(config: DoctorConfig) -> int:
