@@ -21,6 +21,7 @@ import ofb
 from ofb.doctor import diagnose
 from ofb.engine.advice import advice_on
 from ofb.engine.checkpoint import write_text
+from ofb.engine.class_names import check_label_names, set_label_names
 from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
 from ofb.engine.device import pick_device
@@ -123,6 +124,7 @@ def run_train(config: TrainConfig) -> None:
     config = on_main(_with_run_folder, "train", config)
     model = _starting_model(config)
     loaders = create_loaders(config, model, pick_device(config))
+    _tell(set_label_names(model, loaders.train.dataset))
     with _run("train", config):
         teacher = _teacher(config, model, None)
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
@@ -139,6 +141,7 @@ def run_search(config: SearchConfig) -> None:
     config = on_main(_with_run_folder, "search", config)
     dense = _starting_model(config)
     loaders = create_loaders(config, dense, pick_device(config))
+    _tell(set_label_names(dense, loaders.train.dataset))
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
     is_trained = config.checkpoint is not None or config.pretrained
     if not is_trained:
@@ -161,7 +164,9 @@ def run_search(config: SearchConfig) -> None:
 def run_evaluate(config: EvaluateConfig) -> None:
     model = ofb.load(_network_folder(config.checkpoint))
     loaders = create_loaders(config, model, pick_device(config))
-    print(f"{config.split}  {_shown(ofb.evaluate(model, getattr(loaders, config.split), config))}")
+    loader = getattr(loaders, config.split)
+    _tell(check_label_names(model, loader.dataset))
+    print(f"{config.split}  {_shown(ofb.evaluate(model, loader, config))}")
     _tell_skipped(loaders)
 
 
@@ -338,6 +343,11 @@ def _in_one_line(error: Exception) -> str:
     if "Traceback (most recent call last)" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     return " ".join(text.split())
+
+
+def _tell(note: str) -> None:
+    if note:
+        print(f"note: {note}")
 
 
 def _tell_skipped(loaders: Loaders) -> None:

@@ -63,8 +63,8 @@ def latency_note(latencies: Mapping[str, NetworkLatency]) -> str:
     if all(each.stable for each in latencies.values()):
         return note
     spread, waiting = (max(getattr(each, name) for each in latencies.values()) for name in ("spread", "waiting"))
+    fewer = ", or with OMP_NUM_THREADS=1" if " threads, " in first.on else ""
     return (
         f"{note}\nunstable: quantiles lie up to {spread:.0%} of the median apart, threads waited {waiting:.0%} of the "
-        "time for a core;\nmeasure again with ofb profile when the machine is idle, or with fewer threads "
-        "(OMP_NUM_THREADS=1)"
+        f"time for a core;\nmeasure again by `ofb profile RUN` when the machine is idle{fewer}"
     )

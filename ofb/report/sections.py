@@ -136,7 +136,7 @@ def _about_networks(run: Run) -> str:
 
 
 def _networks(run: Run) -> list[Table]:
-    """Figures of the networks; of those that are only found, their costs."""
+    """Figures of the networks; of those that are only found, their costs. The names of their classes."""
     if run.figures:
         networks = {name: dict(network) for name, network in run.figures.items()}
     elif run.found:
@@ -145,7 +145,12 @@ def _networks(run: Run) -> list[Table]:
     else:
         return []
     rows = [[title, *_row(networks, key)] for key, title in FIGURES.items() if any(key in n for n in networks.values())]
-    return [Table("Networks", ["", *networks], rows)]
+    return [Table("Networks", ["", *networks], rows), *_classes(run)]
+
+
+def _classes(run: Run) -> list[Table]:
+    rows = [[str(index), name] for index, name in enumerate(run.label_names)]
+    return [Table("Classes", ["index", "name"], rows, folded=True)] if rows else []
 
 
 def _row(networks: Mapping[str, Mapping[str, Any]], key: str) -> list[str]:
