@@ -77,7 +77,7 @@ def profile_networks(
 def profile_table(networks: Mapping[str, Mapping[str, LayerCost]]) -> str:
     """A table of the networks' layers; from the second network on with shares of the first one's cost.
 
-    Milliseconds of a network that is unstable, or stands beside an unstable one, say so in place of a share.
+    Milliseconds of a network that is unstable, or stands beside an unstable one, have no shares, and the total says so.
     """
     first, *others = networks.values()
     names = list(dict.fromkeys(name for layers in (*others, first) for name in layers if name not in (REST, TOTAL)))
@@ -96,7 +96,7 @@ def _cells(cost: LayerCost, before: LayerCost | None, stable: bool) -> list[str]
         amount, whole = getattr(cost, key), 0 if before is None else getattr(before, key)
         return f"{show(amount)} ({amount / whole:.0%})" if whole else show(amount)
 
-    ms = cell("ms", "{:.3f}".format) if stable else f"{cost.ms:.3f} (unstable)"
+    ms = cell("ms", "{:.3f}".format) if stable else f"{cost.ms:.3f}{' (unstable)' if cost.latency else ''}"
     return [cell("macs", readable), cell("params", readable), ms]
 
 
