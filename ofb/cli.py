@@ -21,6 +21,7 @@ import ofb
 from ofb.doctor import diagnose
 from ofb.engine.advice import advice_on
 from ofb.engine.checkpoint import write_text
+from ofb.engine.class_names import check_label_names, set_label_names
 from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
 from ofb.engine.device import pick_device
@@ -28,7 +29,7 @@ from ofb.engine.distributed import is_main, may_restart, on_main, process_group,
 from ofb.engine.options import from_dict, to_dict
 from ofb.engine.presets import preset
 from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE, is_empty, locked
-from ofb.engine.search import make_supernet
+from ofb.engine.search import describe_latency_targets, make_supernet
 from ofb.engine.seeding import seed_everything
 from ofb.engine.signals import Stopped, sigterm_raises
 from ofb.engine.tool_config import (
@@ -41,8 +42,9 @@ from ofb.engine.tool_config import (
 )
 from ofb.engine.untrusted import parse_yaml
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
-from ofb.profile import profile, profile_table
-from ofb.report import comparison_table, figures, write_report
+from ofb.network_latency import latency_note
+from ofb.profile import TOTAL, profile_networks, profile_table
+from ofb.report import comparison_table, figures, latencies_of, write_report
 from ofb.supernet.families import count_macs, sizes_of
 
 UNWELL, USER_ERROR = 1, 2
@@ -122,6 +124,7 @@ def run_train(config: TrainConfig) -> None:
     config = on_main(_with_run_folder, "train", config)
     model = _starting_model(config)
     loaders = _loaders(config, model)
+    _tell(set_label_names(model, loaders.train.dataset))
     with _run("train", config):
         teacher = _teacher(config, model, None)
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
@@ -138,6 +141,7 @@ def run_search(config: SearchConfig) -> None:
     config = on_main(_with_run_folder, "search", config)
     dense = _starting_model(config)
     loaders = _loaders(config, dense)
+    _tell(set_label_names(dense, loaders.train.dataset))
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
     is_trained = config.checkpoint is not None or config.pretrained
     if not is_trained:
@@ -149,9 +153,10 @@ def run_search(config: SearchConfig) -> None:
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         metrics = {name: ofb.evaluate(network, loaders.test, config) for name, network in networks.items()}
-        compared = on_main(figures, networks, metrics)
+        compared = on_main(figures, networks, metrics, config.latency_batch_size, pick_device(config))
         _write_figures(config, networks, compared)
-    print(f"\n{comparison_table(compared)}\n")
+    against_targets = describe_latency_targets(supernet, latencies_of(compared))
+    print("", comparison_table(compared), *([against_targets] if against_targets else []), "", sep="\n")
     _tell_skipped(loaders)
     print(f"report: {on_main(write_report, config.output)}\nrun folder: {config.output}")
 
@@ -159,7 +164,9 @@ def run_search(config: SearchConfig) -> None:
 def run_evaluate(config: EvaluateConfig) -> None:
     model = ofb.load(_network_folder(config.checkpoint))
     loaders = _loaders(config, model)
-    print(f"{config.split}  {_shown(ofb.evaluate(model, getattr(loaders, config.split), config))}")
+    loader = getattr(loaders, config.split)
+    _tell(check_label_names(model, loader.dataset))
+    print(f"{config.split}  {_shown(ofb.evaluate(model, loader, config))}")
     _tell_skipped(loaders)
 
 
@@ -182,7 +189,8 @@ def run_profile(config: ProfileConfig) -> None:
         networks = {config.network: timm.create_model(config.network)}
     else:
         raise ValueError(f"network: expected a run folder or the name of a timm model, got {config.network!r}")
-    print(profile_table({name: profile(each, config.batch_size, device) for name, each in networks.items()}))
+    costs = profile_networks(networks, config.batch_size, device)
+    print(f"{profile_table(costs)}\n{latency_note({name: layers[TOTAL].latency for name, layers in costs.items()})}")
 
 
 def run_doctor(config: DoctorConfig) -> int:
@@ -335,6 +343,11 @@ def _in_one_line(error: Exception) -> str:
     if "Traceback (most recent call last)" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     return " ".join(text.split())
+
+
+def _tell(note: str) -> None:
+    if note:
+        print(f"note: {note}")
 
 
 def _loaders(config: TrainingConfig | EvaluateConfig, model: nn.Module) -> Loaders:

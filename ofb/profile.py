@@ -1,22 +1,22 @@
 """Where a network spends its operations, parameters and time, layer by layer; several networks side by side."""
 
 import copy
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofb.engine.data import data_config
+from ofb.network_latency import NetworkLatency, measure_network_latency
 from ofb.supernet.cost import readable
+from ofb.supernet.timing import time_calls
 
 LAYERS = ("patch_embed", "attn", "mlp", "downsample", "attn_pool", "head", "head_dist")
 REST, TOTAL = "the rest", "total"
-WARMUP_RUNS, TIMED_RUNS = 3, 20
 
 
 @dataclass
@@ -27,57 +27,77 @@ class LayerCost:
         macs: multiply-accumulates of one image.
         params: parameters.
         ms: milliseconds of a forward pass of the batch.
+        latency: of the total: how sure that is.
     """
 
     macs: int = 0
     params: int = 0
     ms: float = 0.0
+    latency: NetworkLatency | None = None
 
 
 def profile(model: nn.Module, batch_size: int = 1, device: torch.device | str = "cpu") -> dict[str, LayerCost]:
-    """Costs of a model's layers, of the rest of it (norms, residuals, pooling), and in total.
+    """Costs of one model's layers: `profile_networks` says of what and how."""
+    return profile_networks({"": model}, batch_size, device)[""]
 
-    MACs are torch's count of what runs (`torch.utils.flop_counter`), times are medians of forward passes in eval mode
-    with the layers timed one by one; on a GPU each waits for the one before, so that their sum exceeds the total.
+
+def profile_networks(
+    networks: Mapping[str, nn.Module], batch_size: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, dict[str, LayerCost]]:
+    """Costs of each network's layers, of the rest of it (norms, residuals, pooling), and in total.
+
+    MACs are torch's count of what runs (`torch.utils.flop_counter`). Times are medians in eval mode: the whole networks
+    in turns, then all their layers in turns, each by itself. On a GPU a layer by itself waits for the host, so that the
+    sum of the layers exceeds the total.
 
     Args:
-        model: a timm model; moved to the device.
+        networks: timm models by name; moved to the device.
         batch_size: images at once.
-        device: where it runs.
+        device: where they run.
     """
-    model = model.to(device).eval()
-    images = torch.randn(batch_size, *data_config(model)["input_size"], device=device)
-    layers = _layers(model)
-    macs, ms = _macs(model, images), _milliseconds(model, layers, images)
-    costs = {
-        name: LayerCost(macs.get(f"{type(model).__name__}.{name}", 0), _params(layer), ms[name])
-        for name, layer in layers.items()
+    device = torch.device(device)
+    latencies, layers, calls, images = measure_network_latency(networks, batch_size, device), {}, {}, {}
+    for network, model in networks.items():
+        layers[network] = _layers(model.to(device).eval())
+        images[network] = torch.randn(batch_size, *data_config(model)["input_size"], device=device)
+        called = _calls(model, layers[network], images[network])
+        calls |= {(network, layer): call for layer, call in called.items()}
+    timings = time_calls(calls, device, judged=())
+    return {
+        network: _costs(
+            model,
+            {name: (layer, timings[network, name].ms) for name, layer in layers[network].items()},
+            _macs(model, images[network]),
+            latencies[network],
+        )
+        for network, model in networks.items()
     }
-    total = LayerCost(macs["Global"], _params(model), ms[TOTAL])
-    spent = {each.name: sum(getattr(cost, each.name) for cost in costs.values()) for each in fields(LayerCost)}
-    rest = LayerCost(total.macs - spent["macs"], total.params - spent["params"], max(0.0, total.ms - spent["ms"]))
-    return costs | {REST: rest, TOTAL: total}
 
 
 def profile_table(networks: Mapping[str, Mapping[str, LayerCost]]) -> str:
-    """A table of the networks' layers; from the second network on with shares of the first one's cost."""
+    """A table of the networks' layers; from the second network on with shares of the first one's cost.
+
+    Milliseconds of a network that is unstable, or stands beside an unstable one, have no shares, and the total says so.
+    """
     first, *others = networks.values()
     names = list(dict.fromkeys(name for layers in (*others, first) for name in layers if name not in (REST, TOTAL)))
     header, rows = ["layer"], defaultdict(list)
     for index, (network, layers) in enumerate(networks.items()):
         header += [f"{network}: MACs", "params", "ms"]
+        stable = layers[TOTAL].latency.stable and first[TOTAL].latency.stable
         for name in (*names, REST, TOTAL):
             cost, before = layers.get(name), first.get(name) if index else None
-            rows[name] += ["", "", ""] if cost is None else _cells(cost, before)
+            rows[name] += ["", "", ""] if cost is None else _cells(cost, before, stable)
     return "\n".join(_aligned([header, *([name, *cells] for name, cells in rows.items())]))
 
 
-def _cells(cost: LayerCost, before: LayerCost | None) -> list[str]:
+def _cells(cost: LayerCost, before: LayerCost | None, stable: bool) -> list[str]:
     def cell(key: str, show: Callable[[float], str]) -> str:
         amount, whole = getattr(cost, key), 0 if before is None else getattr(before, key)
         return f"{show(amount)} ({amount / whole:.0%})" if whole else show(amount)
 
-    return [cell("macs", readable), cell("params", readable), cell("ms", lambda ms: f"{ms:.3f}")]
+    ms = cell("ms", "{:.3f}".format) if stable else f"{cost.ms:.3f}{' (unstable)' if cost.latency else ''}"
+    return [cell("macs", readable), cell("params", readable), ms]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -112,33 +132,34 @@ def _macs(model: nn.Module, images: Tensor) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def _milliseconds(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """Median milliseconds of each layer and, without timing those, in total."""
-    times, starts = defaultdict(list), {}
+def _calls(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> dict[str, Callable[[], object]]:
+    """Each layer on what it gets in a forward pass of the images."""
+    calls, hooks = {}, []
+    for name, layer in layers.items():
 
-    def now() -> float:
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        return time.perf_counter()
+        def remember(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+            calls[name] = partial(module, *args, **kwargs)
 
-    def started(name: str) -> Callable:
-        return lambda *_: starts.__setitem__(name, now())
-
-    def ended(name: str) -> Callable:
-        return lambda *_: times[name].append(now() - starts[name])
-
-    hooks = [layer.register_forward_pre_hook(started(name)) for name, layer in layers.items()]
-    hooks += [layer.register_forward_hook(ended(name)) for name, layer in layers.items()]
-    for _ in range(WARMUP_RUNS + TIMED_RUNS):
-        model(images)
+        hooks.append(layer.register_forward_pre_hook(remember, with_kwargs=True))
+    model(images)
     for hook in hooks:
         hook.remove()
-    for _ in range(WARMUP_RUNS + TIMED_RUNS):
-        start = now()
-        model(images)
-        times[TOTAL].append(now() - start)
-    return {name: 1e3 * statistics.median(each[WARMUP_RUNS:]) for name, each in times.items()}
+    return calls
 
 
 def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _costs(
+    model: nn.Module, layers: Mapping[str, tuple[nn.Module, float]], macs: Mapping[str, int], latency: NetworkLatency
+) -> dict[str, LayerCost]:
+    """Costs of a model of these layers and their milliseconds."""
+    costs = {
+        name: LayerCost(macs.get(f"{type(model).__name__}.{name}", 0), _params(layer), ms)
+        for name, (layer, ms) in layers.items()
+    }
+    total = LayerCost(macs["Global"], _params(model), latency.ms, latency)
+    spent = {figure: sum(getattr(cost, figure) for cost in costs.values()) for figure in ("macs", "params", "ms")}
+    rest = LayerCost(total.macs - spent["macs"], total.params - spent["params"], max(0.0, total.ms - spent["ms"]))
+    return costs | {REST: rest, TOTAL: total}

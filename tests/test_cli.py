@@ -1,5 +1,6 @@
 """The command line as a user meets it: a whole run, and every mistake told in one line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from ofb.engine.checkpoint import load_checkpoint
 from ofb.engine.config import SearchConfig
 from ofb.engine.options import from_dict
 from ofb.export import count_params, model_card
+from ofb.network_latency import NetworkLatency
 from ofb.supernet.families import count_macs
 from tests.test_train import assert_same_weights
 
@@ -45,6 +47,11 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     written = {"config.yaml", "checkpoints", "metrics.jsonl", "history.jsonl", "found.json", "importance.json"}
     assert found == written | {".lock", "figures.json", "tensorboard", "export", "report"}
     assert f"report: {folder}/report/index.html" in shown
+    figures = json.loads((folder / "figures.json").read_text())
+    dense, compressed = (NetworkLatency(**figures[name]["latency"]) for name in ("dense", "compressed"))
+    page = (folder / "report" / "index.html").read_text()
+    for cell in (dense.beside(dense), compressed.beside(dense), compressed.quantiles, f"latency: {dense.on}; "):
+        assert cell in shown and cell in page, "one measurement, in every table"
     share = count_macs(ofb.load(folder / "export")) / count_macs(ofb.load(f"{dense_run}/export"))
     assert 0.588 <= share <= 0.6
 
@@ -246,7 +253,7 @@ def test_profile(dense_run, tmp_path, capsys):
     assert run(SEARCH, "--checkpoint", dense_run, "--target", "60%", "--output", folder) == 0
     capsys.readouterr()
     assert run("profile --device cpu", folder) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
+    header, *rows = capsys.readouterr().out.partition("\nlatency: cpu, ")[0].splitlines()
     assert header.split()[:5] == ["layer", "dense:", "MACs", "params", "ms"] and "compressed: MACs" in header
     assert [row.split()[0] for row in rows] == ["patch_embed", "blocks.0.attn", "blocks.0.mlp", "head", "the", "total"]
     assert "(59%)" in rows[-1] or "(60%)" in rows[-1]

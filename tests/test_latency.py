@@ -2,17 +2,21 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 
 import ofb
+from ofb.engine.search import describe_latency_targets, describe_reach
+from ofb.network_latency import NetworkLatency
 from ofb.supernet.budget import reachable
 from ofb.supernet.decisions import options
 from ofb.supernet.families import family_of
-from ofb.supernet.latency import Grid, LatencyTable, _Measured, measure_latency, time_calls
+from ofb.supernet.latency import Grid, LatencyTable, _Measured, measure_latency
 from ofb.supernet.params import cut_to
+from ofb.supernet.timing import time_calls
 from tests.common import tiny_swin, tiny_vit
 
 TOLERANCE, NOISE = 0.10, 0.04
@@ -102,6 +106,30 @@ def test_noise_makes_no_negative_cost(noise, monkeypatch):
     ofb.Supernet(tiny_vit(), {"latency_ms": target}, latency_table=table)
 
 
+def test_a_table_measured_on_a_busy_machine_says_so(monkeypatch):
+    """Its noise is the median of all that was measured, and survives JSON; an earlier version's table has none."""
+    noises = iter([0.02] * 13 + [0.4] * 14)
+    monkeypatch.setattr("ofb.supernet.latency._measure", lambda *_: _Measured(1.0, 1.0, {}, next(noises)))
+    table = measure_latency(tiny_vit())
+    assert table.noise == 0.4 and not table.stable
+    kept = json.loads(json.dumps(table.to_dict()))
+    assert not LatencyTable.from_dict(kept, tiny_vit()).stable
+    del kept["noise"]
+    assert LatencyTable.from_dict(kept, tiny_vit()).stable
+    costs, least_and_most = {"latency_ms": 1.0}, {"reachable": lambda kind: (0.2, 1.0), "target": {"latency_ms": 0.5}}
+    supernet = SimpleNamespace(costs={"latency_ms": table}, dense_costs=costs, **least_and_most)
+    assert "batch size 1; unstable, 40% noise: measure it on an idle machine   sat" in describe_reach(supernet)
+
+
+def test_a_target_of_latency_beside_what_was_measured():
+    supernet = SimpleNamespace(dense_costs={"latency_ms": 0.52}, targets=[{"latency_ms": 0.3}, {"macs": 1e6}])
+    quiet, busy = (NetworkLatency(low=0.9, ms=1.0, high=high, rounds=15, on="cpu") for high in (0.95, 1.5))
+    half = NetworkLatency(low=0.54, ms=0.55, high=0.56, rounds=15, on="cpu")
+    told = describe_latency_targets(supernet, {"dense": quiet, "58%": half, "1M": half})
+    assert told == "58%: asked for 58% of the dense network's latency (0.3 of 0.52 ms in the table), measured 55%"
+    assert describe_latency_targets(supernet, {"dense": busy, "58%": half, "1M": half}).endswith("measured unstable")
+
+
 def test_a_table_of_another_model():
     table = made_up_table().to_dict()
     with pytest.raises(ValueError, match="latency_table: expected one of this model, .* for attn0, got"):
@@ -123,7 +151,7 @@ def test_found_network_is_as_fast_as_asked():
         asked = supernet.target["latency_ms"] / supernet.dense_costs["latency_ms"]
         calls = {"dense": lambda: model(images), "found": lambda n=network: n(images)}
         twice = [time_calls(calls, images.device) for _ in range(2)]
-        once, again = (times["found"] / times["dense"] / asked for times in twice)
+        once, again = (times["found"].ms / times["dense"].ms / asked for times in twice)
         seen.append((once, again))
         if abs(once / again - 1) < NOISE and abs(once - 1) <= TOLERANCE:
             return

@@ -1,5 +1,6 @@
 """What a run did: the table of its networks, its charts, and the page made of them."""
 
+import dataclasses
 import html
 import json
 import re
@@ -15,7 +16,8 @@ from ofb.cli import main
 from ofb.engine.history import History
 from ofb.engine.journal import Journal
 from ofb.export import count_params
-from ofb.report import comparison_table, cpu_latency, figures, write_report
+from ofb.network_latency import NetworkLatency, measure_network_latency
+from ofb.report import comparison_table, figures, latencies_of, write_report
 from ofb.report.chart import Band, Box, Chart, Line
 from ofb.report.page import page
 from ofb.report.png import save
@@ -57,14 +59,39 @@ def copied(run, to, without=()):
 # ---- the table ----
 
 
+def timed(ms: float, spread: float = 0.02, waiting: float = 0.0) -> dict:
+    """What figures say of a latency."""
+    low, high = ms * (1 - spread / 2), ms * (1 + spread / 2)
+    timing = NetworkLatency(low=low, ms=ms, high=high, rounds=40, waiting=waiting, on="cpu, 2 threads, batch size 1")
+    return {"latency_ms": ms, "latency": dataclasses.asdict(timing)}
+
+
 def test_table():
-    dense = {"top1": 98.0, "macs": 4_600_000_000, "params": 22_000_000, "latency_ms": 40.0}
-    compressed = {"top1": 97.25, "macs": 2_300_000_000, "params": 5_500, "latency_ms": 10.0}
+    dense = {"top1": 98.0, "macs": 4_600_000_000, "params": 22_000_000, **timed(40.0)}
+    compressed = {"top1": 97.25, "macs": 2_300_000_000, "params": 5_500, **timed(10.0)}
     lines = comparison_table({"dense": dense, "compressed": compressed}).splitlines()
-    assert lines[0].split("  ")[-1] == "CPU ms"
+    assert [cell for cell in lines[0].split("  ") if cell][-2:] == ["latency ms", "20 to 80 %"]
     assert "98.00" in lines[1] and lines[1].count("(100%)") == 3
-    for cell in ("97.25", "2.3 G (50%)", "5.5 K (0%)", "10.00 (25%)"):
+    for cell in ("97.25", "2.3 G (50%)", "5.5 K (0%)", "10.00 (25%)", "9.90 to 10.10"):
         assert cell in lines[2]
+    note = "latency: cpu, 2 threads, batch size 1; median and 20 to 80 % quantiles of 40 rounds in turns"
+    assert lines[3:] == [note]
+
+
+@pytest.mark.parametrize("noise", [{"spread": 1.2}, {"waiting": 0.5}])
+@pytest.mark.parametrize("busy", ["dense", "compressed"])
+def test_no_share_of_an_unstable_latency(busy, noise):
+    """A share of what is unstable would be believed: "1.56 (344 %)"."""
+    networks = {name: {"top1": 90.0, "macs": 10, "params": 10, **timed(2.0)} for name in ("dense", "compressed")}
+    networks[busy] |= timed(2.0, **noise)
+    table = comparison_table(networks)
+    assert "2.00 (unstable)" in table.splitlines()[2]
+    assert "\nunstable: quantiles lie up to " in table and "OMP_NUM_THREADS=1" in table
+    assert ("120% of the median" in table) == ("spread" in noise) and ("waited 50%" in table) == ("waiting" in noise)
+    on = networks["dense"]["latency"]["on"].replace("2 threads", "1 thread")
+    for network in networks.values():
+        network["latency"]["on"] = on
+    assert "OMP_NUM_THREADS" not in comparison_table(networks), "one thread is the fewest"
 
 
 def test_figures_of_networks():
@@ -75,12 +102,20 @@ def test_figures_of_networks():
         assert found[name]["macs"] == count_macs(network)
         assert found[name]["params"] == count_params(network)
     assert found["large"]["latency_ms"] > found["small"]["latency_ms"] > 0
+    for network in found.values():
+        latency = NetworkLatency(**json.loads(json.dumps(network["latency"])))
+        assert latency.ms == network["latency_ms"] and latency.low <= latency.ms <= latency.high
+        assert latency.rounds >= 15 and latency.on == f"cpu, {threads_in_words()}, batch size 1"
+
+
+def threads_in_words() -> str:
+    return "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
 
 
 def test_measuring_leaves_a_network_as_it_was():
     network = tiny_vit().train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    cpu_latency({"network": network})
+    measure_network_latency({"network": network}, batch_size=2)
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
@@ -156,6 +191,22 @@ def test_its_figures_are_those_of_the_run(runs):
     last = json.loads((runs / "search" / "history.jsonl").read_text().splitlines()[-1])
     alive = sum(p is not None for each in last["submodules"].values() for row in each["probabilities"] for p in row)
     assert f"at the start, {alive} in the end, for 5 submodules" in shown
+
+
+def test_its_latencies_are_those_of_the_table(runs, tmp_path):
+    """One measurement for both; figures of an earlier version, which know no quantiles, are shown as they are."""
+    run = copied(runs / "search", tmp_path / "run")
+    compared = json.loads((run / "figures.json").read_text())
+    for name, ms in (("dense", 40.0), ("compressed", 10.0)):
+        compared[name] |= timed(ms)
+    (run / "figures.json").write_text(json.dumps(compared))
+    table, shown = comparison_table(compared), page_of(run)
+    for cell in ("40.00 (100%)", "10.00 (25%)", "39.60 to 40.40", "9.90 to 10.10", table.splitlines()[-1]):
+        assert cell in table and html.escape(cell) in shown
+    for network in compared.values():
+        del network["latency"]
+    (run / "figures.json").write_text(json.dumps(compared))
+    assert latencies_of(compared) == {} and "10.00 (25%)" in page_of(run)
 
 
 def test_the_best_epoch_is_named(runs):

@@ -20,7 +20,7 @@ from benchmarks.quality.grid import COMPARED, METHODS, Job, Task, search, two_st
 from benchmarks.quality.results import NETWORK_KEY, csv_path, latency_path, read_rows, write_rows
 from benchmarks.quality.settings import SETTINGS, dense_folder, images
 from ofb.engine.seeding import seed_everything
-from ofb.report import cpu_latency
+from ofb.network_latency import measure_network_latency
 
 NETWORKS = Path("runs/quality/networks")
 LEARNED = (search, two_stage)
@@ -35,12 +35,12 @@ def main() -> None:
         parser.error(f"data: expected results of {arguments.data}, got none; run python -m benchmarks.quality first")
     torch.set_num_threads(1)
     found = dict(networks(arguments.data, arguments.data_dir))
-    milliseconds = cpu_latency({str(key): network for key, network in found.items()})
+    latencies = measure_network_latency({str(key): network for key, network in found.items()})
     rows = [
         {
             "data": arguments.data,
             **dict(zip(NETWORK_KEY, key, strict=True)),
-            "latency_ms": f"{milliseconds[str(key)]:.3f}",
+            "latency_ms": f"{latencies[str(key)].ms:.3f}",
         }
         for key in found
     ]

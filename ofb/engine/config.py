@@ -294,7 +294,7 @@ class SearchConfig(TrainingConfig):
     """For a target of latency, the latency.json of an earlier run; measured at the start, on --device, if not given."""
 
     latency_batch_size: int = 1
-    """Images at once when latency is measured."""
+    """Images at once when latency is measured, for the table of a target and at the end."""
 
     round_to: int = 8
     """Residual width and hidden sizes are multiples of this, channels of a head of this or 8, whichever is smaller. The

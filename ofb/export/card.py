@@ -10,6 +10,7 @@ from ofb.export.entry_point import NAME
 from ofb.export.folder import ARCHITECTURE
 from ofb.supernet.cost import readable
 
+MOST_NAMES = 20  # of classes
 # Options of a run that its card tells. Names of folders and files stay private.
 TOLD = ("model", "data", "epochs", "finetune_epochs", "opt", "batch_size", "seed")
 FRONT_MATTER = """---
@@ -102,8 +103,17 @@ def _figures_table(config: dict[str, Any], figures: dict[str, dict[str, float]])
     for name, key in (("multiply-accumulates of an image", "macs"), ("parameters", "params")):
         rows.append((name, readable(config[key]), readable(dense[key]) if key in dense else ""))
     size = " × ".join(map(str, config["pretrained_cfg"]["input_size"]))
-    rows += [("images", f"{size}, mean {mean}, std {std}", ""), ("classes", str(config["num_classes"]), "")]
+    rows += [("images", f"{size}, mean {mean}, std {std}", ""), ("classes", _classes(config), "")]
     return _table(rows if dense and this != dense else [row[:2] for row in rows])
+
+
+def _classes(config: dict[str, Any]) -> str:
+    """How many, and their names."""
+    names = config.get("label_names") or config["pretrained_cfg"].get("label_names") or ()
+    if len(names) != config["num_classes"]:
+        return str(config["num_classes"])
+    rest = f", … (all in {ARCHITECTURE}: label_names)" if len(names) > MOST_NAMES else ""
+    return f"{len(names)}: {', '.join(map(_plain, names[:MOST_NAMES]))}{rest}"
 
 
 def _sizes(network: dict[str, Any]) -> str:
@@ -143,8 +153,8 @@ def _told(options: dict[str, Any]) -> list[str]:
 
 
 def _plain(value: object) -> str:
-    """A value in one line that is neither HTML nor code."""
-    return escape(" ".join(str(value).split()).replace("`", "'"), quote=False)
+    """A value in one line that is neither HTML nor code nor the end of a cell."""
+    return escape(" ".join(str(value).split()).replace("`", "'").replace("|", "/"), quote=False)
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

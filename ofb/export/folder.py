@@ -17,10 +17,11 @@ from ofb.supernet.families import count_macs, describe
 
 ARCHITECTURE = "config.json"
 FORMAT = 2
+LABELS = ("label_names", "label_descriptions")  # which timm and transformers look for beside pretrained_cfg
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Save a plain timm model: model.safetensors, and config.json with its sizes, cost and preprocessing.
+    """Save a plain timm model: model.safetensors, and config.json with its sizes, cost, preprocessing and class names.
 
     `ofb.load(folder)` gives it back, and so does `timm.create_model("local-dir:FOLDER", pretrained=True)` where ofb is
     imported. Each file is written whole or not at all; config.json comes last.
@@ -33,12 +34,15 @@ def save(model: nn.Module, folder: str | Path) -> None:
         ValueError: no family of this package knows the model.
     """
     network = describe(model)
+    cfg = weights_cfg(model, (getattr(model, "pretrained_cfg", None) or {}) | data_config(model))
+    labels = {key: cfg.pop(key) for key in LABELS if key in cfg}
     config = {
         "architecture": NAME,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "model_args": {"network": network},
-        "pretrained_cfg": weights_cfg(model, (getattr(model, "pretrained_cfg", None) or {}) | data_config(model)),
+        **labels,
+        "pretrained_cfg": cfg,
         "macs": count_macs(model),
         "params": count_params(model),
         "format": FORMAT,
@@ -77,4 +81,4 @@ def _read(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return config["architecture"], config["data"]
     if config["architecture"] != NAME:
         raise ValueError(f"expected architecture {NAME}, got {config['architecture']!r}")
-    return config["model_args"]["network"], config["pretrained_cfg"]
+    return config["model_args"]["network"], config["pretrained_cfg"] | {k: config[k] for k in LABELS if k in config}

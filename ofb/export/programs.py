@@ -4,6 +4,7 @@ Each file is read back and compared with the network before it takes its place.
 """
 
 import io
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ofb.engine.checkpoint import write_atomically
+from ofb.engine.class_names import label_names
 from ofb.engine.data import data_config
 from ofb.export.sizes import count_params
 
@@ -22,11 +24,14 @@ ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"  # beside the network
 LARGEST_BATCH = 2**20
 TOLERANCE = 1e-4  # of logits, relative where they are greater than 1
 CHECKED_BATCHES = (1, 3)
+LABEL_NAMES = "label_names"  # in the metadata of ONNX
 ONNX_LIMIT = 2**31  # bytes in a protobuf message
 
 
 def export_onnx(model: nn.Module, path: str | Path) -> float:
     """Write a plain model as ONNX: input "images" (batch, C, H, W) of any batch size, output "logits".
+
+    Where the names of the classes are known, they stand in the file's metadata as `label_names`, a JSON list.
 
     Args:
         model: a timm model.
@@ -53,6 +58,9 @@ def export_onnx(model: nn.Module, path: str | Path) -> float:
             dynamo=True,
             verbose=False,
         )
+        names = label_names(model)
+        if names:
+            exported.model.metadata_props[LABEL_NAMES] = json.dumps(names, ensure_ascii=False)
         data = exported.model_proto.SerializeToString()
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         difference = _difference(

@@ -1,50 +1,52 @@
 """Networks side by side: accuracy, costs and latency."""
 
-import copy
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
 
-from ofb.engine.data import data_config
 from ofb.export import count_params
+from ofb.network_latency import NetworkLatency, latency_note, measure_network_latency
 from ofb.supernet.cost import readable
 from ofb.supernet.families import count_macs
-from ofb.supernet.latency import time_calls
 
 
 def figures(
-    networks: Mapping[str, nn.Module], accuracies: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, float]]:
-    """Each network's figures: top1 and top5 in percent and whatever else is given of it, macs, params, and latency_ms
-    on the CPU."""
-    latency = cpu_latency(networks)
+    networks: Mapping[str, nn.Module],
+    accuracies: Mapping[str, Mapping[str, float]],
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, Any]]:
+    """Each network's figures: top1 and top5 in percent and whatever else is given of it, macs and params of one image,
+    latency_ms on the device with so many images at once, and in `latency` how sure that is."""
+    latencies = measure_network_latency(networks, batch_size, device)
     return {
-        name: {**accuracies[name], "macs": count_macs(n), "params": count_params(n), "latency_ms": latency[name]}
-        for name, n in networks.items()
+        name: {
+            **accuracies[name],
+            "macs": count_macs(network),
+            "params": count_params(network),
+            "latency_ms": latencies[name].ms,
+            "latency": asdict(latencies[name]),
+        }
+        for name, network in networks.items()
     }
 
 
-def cpu_latency(networks: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Median milliseconds of each network for one image on the CPU, with torch's present number of threads.
-
-    The networks take turns, so that whatever else the machine does slows all of them alike.
-    """
-    copies = {name: copy.deepcopy(network).cpu().eval() for name, network in networks.items()}
-    images = {name: torch.randn(1, *data_config(network)["input_size"]) for name, network in copies.items()}
-    calls = {name: partial(network, images[name]) for name, network in copies.items()}
-    return time_calls(calls, torch.device("cpu"))
+def latencies_of(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, NetworkLatency]:
+    """What figures say of latency; of figures that an earlier version wrote, nothing."""
+    return {name: NetworkLatency(**network["latency"]) for name, network in networks.items() if "latency" in network}
 
 
-def comparison_table(networks: Mapping[str, Mapping[str, float]]) -> str:
-    """A table of networks' figures, the first one being what the others are compared with."""
-    first = next(iter(networks.values()))
-    rows = [("", "top-1 %", "MACs", "params", "CPU ms")]
+def comparison_table(networks: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of networks' figures, the first one being what the others are compared with, and how they were timed."""
+    first, latencies = next(iter(networks.values())), latencies_of(networks)
+    rows = [("", "top-1 %", "MACs", "params", "latency ms", "20 to 80 %")]
     for name, network in networks.items():
         shares = (f"{readable(network[key])} ({network[key] / first[key]:.0%})" for key in ("macs", "params"))
-        latency = f"{network['latency_ms']:.2f} ({network['latency_ms'] / first['latency_ms']:.0%})"
-        rows.append((name, f"{network['top1']:.2f}", *shares, latency))
+        latency = latencies[name].beside(next(iter(latencies.values())))
+        rows.append((name, f"{network['top1']:.2f}", *shares, latency, latencies[name].quantiles))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([*(line.rstrip() for line in lines), latency_note(latencies)])

@@ -8,6 +8,7 @@ from typing import Any
 
 from ofb.engine.run_folder import (
     CONFIG_FILE,
+    EXPORT_FOLDER,
     FIGURES_FILE,
     FOUND_FILE,
     HISTORY_FILE,
@@ -16,6 +17,7 @@ from ofb.engine.run_folder import (
     RECONSTRUCTION_FILE,
 )
 from ofb.engine.untrusted import parse_json, parse_yaml
+from ofb.export.folder import ARCHITECTURE
 
 SO_FAR = "so far"  # the name of what an unfinished search has come to
 
@@ -35,6 +37,7 @@ class Run:
         figures: of each network in figures.json.
         importance: of each submodule in importance.json.
         reconstruction: PNG of what the supernet rebuilt.
+        label_names: of the classes, in the order of the logits.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Run:
     figures: Mapping[str, Mapping[str, Any]]
     importance: Mapping[str, Mapping[str, Any]]
     reconstruction: bytes
+    label_names: list[str]
 
     @classmethod
     def read(cls, folder: str | Path) -> "Run":
@@ -65,6 +69,7 @@ class Run:
             _read(folder / FIGURES_FILE, parse_json, {}),
             _read(folder / IMPORTANCE_FILE, parse_json, {}),
             (folder / RECONSTRUCTION_FILE).read_bytes() if (folder / RECONSTRUCTION_FILE).is_file() else b"",
+            _label_names(folder / EXPORT_FOLDER),
         )
 
     @property
@@ -105,6 +110,12 @@ class Run:
 
 def _full(submodule: Mapping[str, Any]) -> list[int]:
     return [submodule["heads"][-1], submodule["channels"][-1]]
+
+
+def _label_names(export: Path) -> list[str]:
+    """The names that a saved network of the run knows, one of several targets for all."""
+    path = next((path for path in sorted(export.rglob(ARCHITECTURE))), export / ARCHITECTURE)
+    return _read(path, parse_json, {}).get("label_names", [])
 
 
 def _json_lines(text: str) -> list[Any]:

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ofb.engine.history import describe_size
+from ofb.network_latency import NetworkLatency, latency_note
 from ofb.report import search_charts, training_charts
 from ofb.report.chart import Chart, shown
+from ofb.report.figures import latencies_of
 from ofb.report.run import Run
 from ofb.supernet.cost import readable
 
 ACCURACIES = {"top1": "top-1 %", "top5": "top-5 %"}
-FIGURES = ACCURACIES | {"macs": "MACs", "params": "parameters", "latency_ms": "CPU latency, ms"}
+COSTS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency, ms", "latency": "20 to 80 % quantiles, ms"}
+FIGURES = ACCURACIES | COSTS
 MOST_ROWS = 12  # of a table that is not folded
 
 
@@ -54,7 +58,7 @@ def sections(run: Run) -> list[Section]:
         Section(
             "networks",
             "Networks",
-            "Accuracy on the test images; costs of one image; latency on the CPU of the machine it ran on.",
+            _about_networks(run),
             tables=_networks(run),
         ),
         Section(
@@ -125,8 +129,14 @@ def _distributions(run: Run, score: str, text: str) -> Section:
     )
 
 
+def _about_networks(run: Run) -> str:
+    latencies = latencies_of(run.figures)
+    about = "Accuracy on the test images; MACs of one image"
+    return f"{about}; {latency_note(latencies)}." if latencies else f"{about}."
+
+
 def _networks(run: Run) -> list[Table]:
-    """Figures of the networks; of those that are only found, their costs."""
+    """Figures of the networks; of those that are only found, their costs. The names of their classes."""
     if run.figures:
         networks = {name: dict(network) for name, network in run.figures.items()}
     elif run.found:
@@ -135,21 +145,28 @@ def _networks(run: Run) -> list[Table]:
     else:
         return []
     rows = [[title, *_row(networks, key)] for key, title in FIGURES.items() if any(key in n for n in networks.values())]
-    return [Table("Networks", ["", *networks], rows)]
+    return [Table("Networks", ["", *networks], rows), *_classes(run)]
 
 
-def _row(networks: Mapping[str, Mapping[str, float]], key: str) -> list[str]:
+def _classes(run: Run) -> list[Table]:
+    rows = [[str(index), name] for index, name in enumerate(run.label_names)]
+    return [Table("Classes", ["index", "name"], rows, folded=True)] if rows else []
+
+
+def _row(networks: Mapping[str, Mapping[str, Any]], key: str) -> list[str]:
     """A figure of each network, costs with their share of the first one's."""
     first = next(iter(networks.values()))
-    cells = []
-    for network in networks.values():
-        if key not in network:
-            cells.append("–")
-            continue
-        amount = readable(network[key]) if key in ("macs", "params") else f"{network[key]:.2f}"
-        is_share = key not in ACCURACIES and network is not first and key in first
-        cells.append(f"{amount} ({network[key] / first[key]:.0%})" if is_share else amount)
-    return cells
+    return [_cell(network, first, key) if key in network else "–" for network in networks.values()]
+
+
+def _cell(network: Mapping[str, Any], first: Mapping[str, Any], key: str) -> str:
+    if key == "latency":
+        return NetworkLatency(**network[key]).quantiles
+    if key == "latency_ms" and "latency" in network and "latency" in first:
+        return NetworkLatency(**network["latency"]).beside(NetworkLatency(**first["latency"]))
+    amount = readable(network[key]) if key in ("macs", "params") else f"{network[key]:.2f}"
+    is_share = key not in ACCURACIES and network is not first and key in first
+    return f"{amount} ({network[key] / first[key]:.0%})" if is_share else amount
 
 
 def _architecture(run: Run) -> list[Table]:

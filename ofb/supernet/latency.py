@@ -3,7 +3,6 @@
 import copy
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,10 +15,10 @@ from ofb.supernet.cost import Sizes, total
 from ofb.supernet.families import family_of
 from ofb.supernet.params import cut_to
 from ofb.supernet.search_space import Size
+from ofb.supernet.timing import STABLE, device_name, time_calls
 
 POINTS = 3  # of each axis of the table
 FACTORS = (0.5, 2.0)  # of what a part takes among others to what it takes by itself
-WARMUP_RUNS, TIMED_RUNS, CALLS = 2, 9, 4  # the median of so many runs of so many calls each
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,21 @@ class LatencyTable:
         batch_size: images at once.
         members: the submodules of each residual width, from the images to the classifier.
         grids: of each submodule.
+        noise: of the networks that were timed for it (`ofb.supernet.timing.Timing.noise`), the median.
     """
 
     device: str
     batch_size: int
     members: Mapping[str, Sequence[str]]
     grids: Mapping[str, Grid]
+    noise: float = 0.0
 
     constant = 0.0
+
+    @property
+    def stable(self) -> bool:
+        """The machine was quiet enough for the table to be trusted."""
+        return self.noise <= STABLE
 
     def total(self, sizes: Sizes) -> float:
         """Milliseconds of a network of these sizes."""
@@ -187,22 +193,8 @@ def measure_latency(model: nn.Module, batch_size: int = 1, device: torch.device 
             for place in np.ndindex(cells.shape):
                 cells[place] = dense_ms * factor * measured[place].parts.get(name, 0.0)
             grids[name] = Grid(heads, channels, widths, cells.tolist())
-    return LatencyTable(_device_name(device), batch_size, members, grids)
-
-
-@torch.inference_mode()
-def time_calls(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each call; they take turns, so that what else the machine does slows all of them alike."""
-    times = {name: [] for name in calls}
-    for _ in range(WARMUP_RUNS + TIMED_RUNS):
-        for name, call in calls.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            _synchronize(device)
-            times[name].append((time.perf_counter() - start) / CALLS)
-    return {name: 1e3 * statistics.median(measured[WARMUP_RUNS:]) for name, measured in times.items()}
+    noise = statistics.median(each.noise for each in measured.values())
+    return LatencyTable(device_name(device), batch_size, members, grids, noise)
 
 
 def _axes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -230,11 +222,13 @@ class _Measured:
         dense_ms: the dense network's milliseconds.
         network: the whole network.
         parts: each block's attention and MLP, by themselves.
+        noise: of the two networks' timings, the greater.
     """
 
     dense_ms: float
     network: float
     parts: Mapping[str, float]
+    noise: float = 0.0
 
 
 @torch.inference_mode()
@@ -251,9 +245,12 @@ def _measure(network: nn.Module, dense: nn.Module, images: Tensor) -> _Measured:
     alike = {name: _shapes(*called) for name, called in inputs.items()}
     calls = {"dense": lambda: dense(images), "network": lambda: network(images)}
     calls |= {alike[name]: partial(module, *args, **kwargs) for name, (module, args, kwargs) in inputs.items()}
-    times = time_calls(calls, images.device)
-    parts = {name: times[key] / times["dense"] for name, key in alike.items()}
-    return _Measured(times["dense"], times["network"] / times["dense"], parts)
+    networks = ("dense", "network")
+    times = time_calls(calls, images.device, judged=networks, trial_seconds=0)
+    dense_ms = times["dense"].ms
+    parts = {name: times[key].ms / dense_ms for name, key in alike.items()}
+    noise = max(times[name].noise for name in networks)
+    return _Measured(dense_ms, times["network"].ms / dense_ms, parts, noise)
 
 
 def _fitted(measured: Mapping[tuple[int, int, int], _Measured]) -> tuple[float, np.ndarray]:
@@ -282,14 +279,3 @@ def _shapes(module: nn.Module, args: tuple, kwargs: dict) -> str:
     parameters = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
     shapes = [tuple(each.shape) if isinstance(each, Tensor) else None for each in (*args, *kwargs.values())]
     return f"{parameters} {getattr(module, 'num_heads', None)} {shapes}"
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    )
