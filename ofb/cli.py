@@ -29,7 +29,7 @@ from ofb.engine.distributed import is_main, may_restart, on_main, process_group,
 from ofb.engine.options import from_dict, to_dict
 from ofb.engine.presets import preset
 from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE, is_empty, locked
-from ofb.engine.search import describe_latency_targets, make_supernet
+from ofb.engine.search import make_supernet
 from ofb.engine.seeding import seed_everything
 from ofb.engine.signals import Stopped, sigterm_raises
 from ofb.engine.tool_config import (
@@ -42,7 +42,7 @@ from ofb.engine.tool_config import (
 )
 from ofb.engine.untrusted import parse_yaml
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
-from ofb.network_latency import latency_note
+from ofb.network_latency import latency_note, latency_targets_note
 from ofb.profile import TOTAL, profile_networks, profile_table
 from ofb.report import comparison_table, figures, latencies_of, write_report
 from ofb.supernet.families import count_macs, sizes_of
@@ -155,7 +155,8 @@ def run_search(config: SearchConfig) -> None:
         metrics = {name: ofb.evaluate(network, loaders.test, config) for name, network in networks.items()}
         compared = on_main(figures, networks, metrics, config.latency_batch_size, pick_device(config))
         _write_figures(config, networks, compared)
-    against_targets = describe_latency_targets(supernet, latencies_of(compared))
+    table_ms = supernet.dense_costs.get("latency_ms")
+    against_targets = latency_targets_note(latencies_of(compared), supernet.targets, table_ms)
     print("", comparison_table(compared), *([against_targets] if against_targets else []), "", sep="\n")
     _tell_skipped(loaders)
     print(f"report: {on_main(write_report, config.output)}\nrun folder: {config.output}")

@@ -1,7 +1,7 @@
 """Latency of whole networks: measured and told the same way wherever it is shown."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -68,3 +68,27 @@ def latency_note(latencies: Mapping[str, NetworkLatency]) -> str:
         f"{note}\nunstable: quantiles lie up to {spread:.0%} of the median apart, threads waited {waiting:.0%} of the "
         f"time for a core;\nmeasure again by `ofb profile RUN` when the machine is idle{fewer}"
     )
+
+
+def latency_targets_note(
+    latencies: Mapping[str, NetworkLatency], targets: Sequence[Mapping[str, float]], table_ms: float | None
+) -> str:
+    """What targets of latency asked for beside what was measured, as shares of the dense network: a line each.
+
+    The table says milliseconds of another moment; shares hold while the machine is faster or slower.
+
+    Args:
+        latencies: of the dense network and of the network of each target, in their order.
+        targets: of the search, each with what it limits.
+        table_ms: of the dense network in the latency table, None where latency was no target.
+    """
+    (_, dense), *found = latencies.items()
+    lines = []
+    for (name, latency), limits in zip(found, targets, strict=True):
+        if "latency_ms" in limits:
+            limit = limits["latency_ms"]
+            lines.append(
+                f"{name}: asked for {limit / table_ms:.0%} of the dense network's latency ({limit:.3g} of "
+                f"{table_ms:.3g} ms in the table), measured {latency.share_of(dense)}"
+            )
+    return "\n".join(lines)

@@ -6,6 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from ofb_kernels.kernels import masked_linear as kernel_of_masked_linear
+from ofb_kernels.kernels.column_sums import column_sums
+from ofb_kernels.kernels.product import describable, is_persistent
+from ofb_kernels.kernels.tuning import run_configured
 from ofb_kernels.ops.masked_linear import ACTIVATIONS, masked_linear
 from ofb_kernels.testing import check_op
 from tests.common import BACKENDS, dtypes_of
@@ -155,11 +159,43 @@ def test_bad_input(change, error, message):
         masked_linear(**arguments)
 
 
-def test_a_row_that_begins_anywhere_follows_one_that_is_aligned(device):
-    """Rows that begin at multiples of 16 bytes take the persistent kernel, others of the same sizes the plain one."""
+def test_rows_that_begin_anywhere_take_the_plain_kernel(device, monkeypatch):
+    """Descriptors take rows that begin at multiples of 16 bytes; the choice is another for others of the same sizes."""
+    chosen = {}
+
+    def look(kernel, candidates, *rest):
+        chosen[kernel] = [is_persistent(configuration) for configuration in candidates]
+        return run_configured(kernel, candidates, *rest)
+
+    monkeypatch.setattr(kernel_of_masked_linear, "run_configured", look)
     inputs = make_inputs((33,), 24, 40, torch.float16, device)
     check_op(masked_linear, inputs, {"activation": "gelu"}, "triton", reduction=40)
     for name in ("x", "weight"):
         moved = torch.empty(inputs[name].numel() + 1, dtype=torch.float16, device=device)[1:].view_as(inputs[name])
         other = inputs | {name: moved.copy_(inputs[name])}
         check_op(masked_linear, other, {"activation": "gelu"}, "triton", reduction=40)
+    if describable(inputs["x"], inputs["weight"]):  # not on a GPU before Hopper
+        assert any(chosen["masked_linear.forward 2 bytes, described"])
+    assert not any(chosen["masked_linear.forward 2 bytes"])
+
+
+def test_gelu_is_as_exact_as_float32(device):
+    """Its own Φ, at 20,001 places: within two roundings of the value, or of 1 where that is larger."""
+    x = torch.linspace(-12, 12, 20_001, device=device)[:, None].requires_grad_()
+    one = torch.ones(1, 1, device=device)
+    out = masked_linear(x, one, None, one[0], "gelu", backend="triton")
+    exact_x = x.detach().double().requires_grad_()
+    exact = torch.nn.functional.gelu(exact_x)
+    bound = 2 * torch.finfo(torch.float32).eps * exact.detach().abs().clamp(min=1)
+    assert ((out - exact).abs() <= bound).all()
+    slopes = torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(exact.sum(), exact_x)[0]
+    assert (slopes[0] - slopes[1]).abs().max() <= 2.5e-7
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 33, 1000, 5000])
+def test_column_sums(rows, device):
+    """The sums that all backward passes end with, of matrices of any strides."""
+    matrix = torch.randn(130, rows, device=device).t()
+    torch.testing.assert_close(column_sums(matrix), matrix.double().sum(0).float(), atol=1e-4, rtol=1e-5)
+    half = column_sums(matrix.half(), torch.float16)
+    assert half.dtype == torch.float16 and half.shape == (130,)

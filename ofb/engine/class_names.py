@@ -1,13 +1,9 @@
 """Names of the classes: taken from the data into a network, and checked where the network meets data again."""
 
-from typing import Any
-
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from ofb.engine.data import Digits
-
-MOST_SHOWN = 5
+from ofb.engine.splits import class_indices, shown
 
 
 def label_names(model: nn.Module) -> tuple[str, ...]:
@@ -18,13 +14,8 @@ def label_names(model: nn.Module) -> tuple[str, ...]:
 
 def class_names(dataset: Dataset) -> tuple[str, ...]:
     """The names of a data set's classes in the order of their indices; empty where it does not tell."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    if isinstance(dataset, Digits):
-        return tuple(map(str, range(10)))
-    known = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
-    names: dict[Any, str] = {}
-    for name, index in (known or {}).items():
+    names: dict[int, str] = {}
+    for name, index in class_indices(dataset).items():
         names.setdefault(index, str(name))  # torchvision's ImageNet has several names for a class
     return tuple(names[index] for index in range(len(names))) if names.keys() == set(range(len(names))) else ()
 
@@ -46,7 +37,7 @@ def set_label_names(model: nn.Module, dataset: Dataset) -> str:
     model.pretrained_cfg = model.default_cfg = kept | {"label_names": names}
     if not before:
         return ""
-    return f"the data's classes ({_shown(names)}) take the place of those the network knew ({_shown(before)})"
+    return f"the data's classes ({shown(names)}) take the place of those the network knew ({shown(before)})"
 
 
 def check_label_names(model: nn.Module, dataset: Dataset) -> str:
@@ -63,17 +54,13 @@ def check_label_names(model: nn.Module, dataset: Dataset) -> str:
         return ""
     if not set(expected) & set(found):
         return (
-            f"the data names its classes ({_shown(found)}) otherwise than the network ({_shown(expected)}): class 0 is "
+            f"the data names its classes ({shown(found)}) otherwise than the network ({shown(expected)}): class 0 is "
             "taken to be class 0, and so on"
         )
     pairs = enumerate(zip(expected, found, strict=False))
     others = (f": class {i} is {ours!r}, in the data {theirs!r}" for i, (ours, theirs) in pairs if ours != theirs)
     raise ValueError(
-        f"data: expected the {len(expected)} classes of the network ({_shown(expected)}), got {len(found)} "
-        f"({_shown(found)}){next(others, '')}; evaluate on data with the same classes"
+        f"data: expected the {len(expected)} classes of the network ({shown(expected)}), got {len(found)} "
+        f"({shown(found)}){next(others, '')}; evaluate on data with the same classes"
     )
 
-
-def _shown(names: tuple[str, ...]) -> str:
-    more = f", … {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    return ", ".join(names[:MOST_SHOWN]) + more

@@ -72,6 +72,7 @@ class Digits(Dataset):
         chosen = {"train": train, "val": val, "test": test}[part]
         self.images = torch.from_numpy(images[chosen]).float().div(16).view(-1, 1, 8, 8)
         self.targets = targets[chosen].tolist()
+        self.class_to_idx = {str(digit): digit for digit in range(10)}
         self.transform = transform
 
     def __len__(self) -> int:

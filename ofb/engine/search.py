@@ -24,7 +24,6 @@ from ofb.engine.shards import Loader, shard
 from ofb.engine.stage import Stage, through_setbacks
 from ofb.engine.train import evaluate, run_epoch, set_drop_path, teaching, train
 from ofb.engine.untrusted import parse_json
-from ofb.network_latency import NetworkLatency
 from ofb.supernet import LatencyTable, Supernet, measure_latency
 from ofb.supernet.families import build, describe, sizes_of
 from ofb.supernet.importance import leave_one_out, rank_correlation
@@ -170,25 +169,6 @@ def describe_costs(supernet: Supernet, found: nn.Module, limits: Limits) -> str:
         for kind, cost in costs.items()
     )
     return f"found: {'   '.join(shown)}"
-
-
-def describe_latency_targets(supernet: Supernet, latencies: Mapping[str, NetworkLatency]) -> str:
-    """What targets of latency asked for beside what was measured, as shares of the dense network: a line each.
-
-    The table says milliseconds of another moment; shares hold while the machine is faster or slower.
-
-    Args:
-        supernet: of the search.
-        latencies: of the dense network and of the network of each target, in their order.
-    """
-    (_, dense), *found = latencies.items()
-    lines = []
-    for (name, latency), limits in zip(found, supernet.targets, strict=True):
-        if "latency_ms" in limits:
-            limit, most = limits["latency_ms"], supernet.dense_costs["latency_ms"]
-            asked = f"{limit / most:.0%} of the dense network's latency ({limit:.3g} of {most:.3g} ms in the table)"
-            lines.append(f"{name}: asked for {asked}, measured {latency.share_of(dense)}")
-    return "\n".join(lines)
 
 
 def describe_choices(supernet: Supernet) -> str:

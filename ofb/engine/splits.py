@@ -173,5 +173,5 @@ def _is_image(file: str) -> bool:
     try:
         with Image.open(file):
             return True
-    except Exception:
+    except Exception:  # Pillow raises almost anything on a damaged file; what it says is told when the image is read
         return False

@@ -80,7 +80,7 @@ def _normal_cdf(x):
     """Φ(x) = ½(1 + erf(x / √2)).
 
     Outside float64 from 1 − Φ(|x|) = 2^q(|x|): q has degree 10, fitted to the least absolute error on [0, 6.5]. That is
-    4·10⁻⁸, float32's own rounding of Φ, and takes a third of the instructions of erf.
+    6·10⁻⁸, as much as float32 rounds, and takes fewer registers than erf, so that more blocks are resident.
     """
     if x.dtype == tl.float64:
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))

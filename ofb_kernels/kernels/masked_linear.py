@@ -26,11 +26,11 @@ from ofb_kernels.kernels.common import (
 )
 from ofb_kernels.kernels.product import (
     GROUP_M,
+    column_parts,
     describable,
     described_tile,
     descriptor,
     grouped_tile,
-    halves,
     is_persistent,
     product_tile,
     programs,
@@ -163,20 +163,11 @@ def _persistent_forward_kernel(
         tile_m, tile_n = grouped_tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         product = described_tile(x_desc, weight_desc, start_m, start_n, inner, False, BLOCK_M, BLOCK_N, BLOCK_K)
-        if HALVES == 2:
-            HALF: tl.constexpr = BLOCK_N // 2
-            left, right = halves(product, BLOCK_M, BLOCK_N)
+        parts = column_parts(product, BLOCK_M, BLOCK_N, HALVES)
+        for part in tl.static_range(HALVES):
             _store_part(
-                left, bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n, columns, ACTIVATION, SAVE_SLOPE, HALF
-            )
-            _store_part(
-                right, bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n + HALF, columns,
-                ACTIVATION, SAVE_SLOPE, HALF,
-            )  # fmt: skip
-        else:
-            _store_part(
-                product, bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n, columns,
-                ACTIVATION, SAVE_SLOPE, BLOCK_N,
+                parts[part], bias_ptr, mask_ptr, out_desc, slope_desc, start_m, start_n + part * (BLOCK_N // HALVES),
+                columns, ACTIVATION, SAVE_SLOPE, BLOCK_N // HALVES,
             )  # fmt: skip
 
 

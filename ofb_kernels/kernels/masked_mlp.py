@@ -23,11 +23,11 @@ from ofb_kernels.kernels.common import (
 )
 from ofb_kernels.kernels.product import (
     GROUP_M,
+    column_parts,
     describable,
     described_tile,
     descriptor,
     grouped_tile,
-    halves,
     is_persistent,
     product_tile,
     programs,
@@ -151,13 +151,12 @@ def _persistent_backward_kernel(
             grad_out_desc, weight_desc, start_m, start_n, inner, IN_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K
         )
         row_ptr = partial_ptr + tile_m.to(tl.int64) * columns
-        if HALVES == 2:
-            HALF: tl.constexpr = BLOCK_N // 2
-            left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)
-            _store_part(left, slope_desc, grad_desc, row_ptr, start_m, start_n, columns, HALF)
-            _store_part(right, slope_desc, grad_desc, row_ptr, start_m, start_n + HALF, columns, HALF)
-        else:
-            _store_part(grad_hidden, slope_desc, grad_desc, row_ptr, start_m, start_n, columns, BLOCK_N)
+        parts = column_parts(grad_hidden, BLOCK_M, BLOCK_N, HALVES)
+        for part in tl.static_range(HALVES):
+            _store_part(
+                parts[part], slope_desc, grad_desc, row_ptr, start_m, start_n + part * (BLOCK_N // HALVES), columns,
+                BLOCK_N // HALVES,
+            )  # fmt: skip
 
 
 @triton.jit

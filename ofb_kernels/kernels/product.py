@@ -138,6 +138,9 @@ def described_tile(
 
 
 @triton.jit
-def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile: an epilogue takes fewer registers for each."""
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+def column_parts(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
+    """The tile, or its left and right half: an epilogue takes fewer registers for each."""
+    if HALVES == 2:
+        return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    else:
+        return (tile,)

@@ -80,7 +80,7 @@ def patch_embeddings(model: nn.Module, images: Tensor) -> Tensor:
 def project_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
     """(B, patches, D) of a convolution whose windows lie side by side, as a product of patches and weights.
 
-    On a GPU the weight gradient of the convolution alone takes ten times as long; on a CPU the convolution is faster.
+    cuDNN has no fast weight gradient for such a convolution (benchmarks/NOTES.md); on a CPU the convolution is faster.
     """
     patches = blocks_of(images, proj.kernel_size).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, p, q)
     dtype = compute_dtype("patch_embeddings", images)
