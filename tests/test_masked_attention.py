@@ -69,6 +69,15 @@ def test_hidden_keys_do_not_exist(backend, device):
     assert (leaf.grad[:, :, :36] == 0).all()
 
 
+def test_a_bias_that_alone_has_a_gradient_takes_no_sdpa(device, monkeypatch):
+    """On a GPU that keeps nothing for such a gradient (torch 2.11)."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    inputs = make_inputs(1, 5, 2, 8, torch.float32, device)
+    bias = torch.zeros(2, 5, 5, device=device, requires_grad=True)
+    masked_attention(**inputs, bias=bias, backend="eager").square().sum().backward()
+    assert bias.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_some_keys_hidden_in_some_windows(backend, device):
     inputs = make_biased(2, 2, 33, 2, 12, torch.float32, device)

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from ofb_kernels.kernels import masked_linear as kernel_of_masked_linear
 from ofb_kernels.kernels.column_sums import column_sums
+from ofb_kernels.kernels.common import hidden_multiple
 from ofb_kernels.kernels.product import describable, is_persistent
 from ofb_kernels.kernels.tuning import run_configured
 from ofb_kernels.ops.masked_linear import ACTIVATIONS, masked_linear
@@ -177,6 +178,10 @@ def test_rows_that_begin_anywhere_take_the_plain_kernel(device, monkeypatch):
     if describable(inputs["x"], inputs["weight"]):  # not on a GPU before Hopper
         assert any(chosen["masked_linear.forward 2 bytes, described"])
     assert not any(chosen["masked_linear.forward 2 bytes"])
+
+
+def test_multiples_that_triton_does_not_see():
+    assert [hidden_multiple(*sizes) for sizes in ((384, 16), (200, 384), (12, 8), (7, 16), (1, 1))] == [1, 8, 4, 1, 1]
 
 
 def test_gelu_is_as_exact_as_float32(device):
