@@ -8,6 +8,8 @@ the paper writes it. They share the time; two are compared after as many events 
 """
 
 import argparse
+import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,15 @@ def main() -> None:
     arguments = parse_arguments()
     until = take_turn(arguments)
     torch._dynamo.config.recompile_limit = 10 * arguments.prunes  # the default would give up at the eighth size
+    with tempfile.TemporaryDirectory() as caches:  # what was compiled before would come for nothing
+        os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+        clocks = searches(arguments, until)
+    for line in compared(clocks):
+        verdict(line)
+
+
+def searches(arguments: argparse.Namespace, until: float) -> dict[str, list[float]]:
+    """Of each rival, seconds until the end of the steps behind each pruning event."""
     clocks: dict[str, list[float]] = {}
     names = [name for name in RIVALS if name not in arguments.without]
     for number, name in enumerate(names):
@@ -46,8 +57,7 @@ def main() -> None:
                 if time.monotonic() > ends:
                     break
             verdict(in_words(name, clocks[name], arguments))
-    for line in compared(clocks):
-        verdict(line)
+    return clocks
 
 
 def parse_arguments() -> argparse.Namespace:
