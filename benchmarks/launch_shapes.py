@@ -215,7 +215,9 @@ def launch_masked_layer_norm(precision: Precision) -> Iterator[str]:
     for width in masked_layer_norm.FORWARD_CONFIGURATIONS:
         x = meta(1576, width, dtype=dtype)
         _norm(x, dtype, bias=False)
+        _norm(x, dtype, masked=False)
         _norm(x, dtype, branch=x, sample_scale=meta(8))
+        _norm(meta(1576, width), dtype, branch=x, masked=False)
         _norm(meta(1576, width), dtype, branch=x, sample_scale=meta(8))
     yield "multiples of 8"
     for sizes in PRUNED:
@@ -242,12 +244,14 @@ def _norm(
     branch: Tensor | None = None,
     sample_scale: Tensor | None = None,
     bias: bool = True,
+    masked: bool = True,
     vectors: torch.dtype = torch.float32,
     grad_out: Tensor | None = None,
     used: tuple[str, ...] = ("out", "stream"),
 ) -> None:
     columns = x.shape[1]
-    weight, bias, mask = meta(columns, dtype=vectors), meta(columns, dtype=vectors) if bias else None, meta(columns)
+    weight, bias = meta(columns, dtype=vectors), meta(columns, dtype=vectors) if bias else None
+    mask = meta(columns) if masked else None
     extra = masked_layer_norm.Branch(branch, None if branch is None else meta(columns), sample_scale, 197)
     out, stream, mean, rstd = masked_layer_norm.forward(x, weight, bias, mask, 1e-6, dtype, extra)
     grad_out = (out if grad_out is None else grad_out) if "out" in used else None

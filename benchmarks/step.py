@@ -39,6 +39,7 @@ from benchmarks.measure import (
 )
 from benchmarks.process import add_process_options, take_turn, verdict
 from ofb import Supernet
+from ofb.supernet.bimask import BiMask
 from ofb_kernels import eager, reference
 
 
@@ -187,20 +188,25 @@ def halve(supernet: Supernet, optimizer: torch.optim.Optimizer | None = None) ->
     for name, bimask in supernet.bimasks.items():
         heads, channels = bimask.candidates.full
         if name.startswith("attn"):
-            too_large = (bimask.head_counts > heads // 2)[:, None].expand(bimask.alpha.shape)
+            _condemn(bimask, (bimask.head_counts > heads // 2)[:, None])
         else:
-            too_large = (bimask.channel_counts > channels // 2).expand(bimask.alpha.shape)
-        bimask.alpha.data[too_large] = UNLIKELY
+            _condemn(bimask, bimask.channel_counts > channels // 2)
     supernet.prune(optimizer)
 
 
 def shrink(supernet: Supernet, optimizer: torch.optim.Optimizer) -> None:
-    """A pruning event in which every open submodule loses its largest size."""
+    """A pruning event in which every open submodule shrinks by one size, in channels as long as there is a choice, then
+    in heads; all smaller candidates are left alive."""
     for bimask in supernet.bimasks.values():
         if not bimask.final:
-            counts = bimask.head_counts[:, None] * bimask.channel_counts
-            bimask.alpha.data[counts == counts.max()] = UNLIKELY
+            counts = bimask.channel_counts if len(bimask.channel_counts) > 1 else bimask.head_counts[:, None]
+            _condemn(bimask, counts == counts.max())
     supernet.prune(optimizer)
+
+
+def _condemn(bimask: BiMask, candidates: Tensor) -> None:
+    """At the next pruning event these candidates die, and no other does."""
+    bimask.alpha.data.zero_().masked_fill_(candidates, UNLIKELY)
 
 
 def make_step(network: nn.Module, variant: Variant, images: Tensor, targets: Tensor) -> Callable[[], None]:

@@ -29,7 +29,11 @@ def bimask(
     return torch.lerp(sparsity, score.sigmoid(), lam)
 
 
-def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str | None
+) -> Tensor:
+    if mask is None:
+        return ACTIVATIONS[activation](F.linear(x, weight, bias))
     folded_weight = (weight * mask[:, None]).to(weight.dtype)
     folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
     return ACTIVATIONS[activation](F.linear(x, folded_weight, folded_bias))
@@ -62,7 +66,9 @@ def masked_qkv_attention(
     return _attention(*qkv.unflatten(-1, (3, *mask.shape)).unbind(2), scale, attention_bias).flatten(2)
 
 
-def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
+def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float) -> Tensor:
+    if mask is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     return _MaskedLayerNorm.apply(x, weight, bias, mask, eps)
 
 

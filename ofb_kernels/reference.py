@@ -56,9 +56,12 @@ def bimask(
     return lam * importance + (1 - lam) * sparsity
 
 
-def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None) -> Tensor:
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str | None
+) -> Tensor:
     """act((x Wᵀ + b) ⊙ mask)."""
-    return ACTIVATIONS[activation](F.linear(x, weight, bias) * mask.to(x.dtype))
+    out = F.linear(x, weight, bias)
+    return ACTIVATIONS[activation](out if mask is None else out * mask.to(x.dtype))
 
 
 def masked_mlp(
@@ -93,8 +96,10 @@ def masked_qkv_attention(
     return masked_attention(F.linear(x, weight, bias).unflatten(-1, (3, *mask.shape)), mask, scale, attention_bias)
 
 
-def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float) -> Tensor:
+def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float) -> Tensor:
     """LayerNorm in which channel i counts with weight mask_i, its output ⊙ mask."""
+    if mask is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     total = mask.sum()
     mean = (x * mask).sum(-1, keepdim=True) / total
     variance = ((x - mean).square() * mask).sum(-1, keepdim=True) / total

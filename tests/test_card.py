@@ -53,7 +53,7 @@ def test_rehearsal(target, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[-1] == "-- nothing wrong" and len(lines) <= card.MOST_LINES
     names = {"card": ["machine", "smoke", "tests", "step", "times"], "card-more": [
-        "compiled steps", "other networks", "search", "memcheck", "racecheck", "compiled ops",
+        "compiled steps", "other networks", "search", "memcheck", "racecheck", "other compiled steps", "compiled ops",
     ]}[target]  # fmt: skip
     assert [line.removeprefix("-- ").rsplit(",", 1)[0] for line in lines if line.startswith("-- ")][1:-1] == names
     assert not any("left out" in line for line in lines), done.stdout
@@ -388,8 +388,19 @@ def test_test_pieces_are_the_whole():
 
 
 def test_a_search_is_compared_after_as_many_pruning_events():
-    clocks = {"triton": [1.0, 2.0, 4.0], "reference": [4.0, 9.0]}
+    clocks = moments({"triton": [1.0, 2.0, 4.0], "reference": [4.0, 9.0]})
     assert search_time.after_events(clocks) == {"triton": (4.0, 1.0, 2), "reference": (9.0, 4.5, 1)}
-    assert search_time.compared(clocks) == ["search, after 1 pruning events: reference takes 4.5 × the time of triton"]
-    ahead = {"triton": [1.0, 2.0], "folded + compile": [3.0, 5.0, 9.0]}
+    assert search_time.compared(clocks) == [
+        "search, after 1 pruning events: reference takes 4.5 × the time of triton, its step 4.50 ×"
+    ]
+    ahead = moments({"triton": [1.0, 2.0], "folded + compile": [3.0, 5.0, 9.0]})
     assert search_time.after_events(ahead)["folded + compile"] == (5.0, 2.5, 1)
+    assert search_time.steps_after_events(ahead, "folded + compile") == [
+        (pytest.approx(0.3), pytest.approx(3.0), 0),
+        (pytest.approx(0.5), pytest.approx(2.5), 1),
+    ]
+
+
+def moments(clocks: dict[str, list[float]]) -> dict[str, list[search_time.Moment]]:
+    """Steps that take a tenth of the clock."""
+    return {name: [search_time.Moment(each, each / 10) for each in seconds] for name, seconds in clocks.items()}

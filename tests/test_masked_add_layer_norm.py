@@ -42,6 +42,24 @@ def test_matches_float64(backend, dtype, width, drops, device):
     check_op(both, inputs, options, backend, reduction=4 * 97)
 
 
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("width", [17, 200, 384])
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_without_mask(backend, dtype, width, drops, device):
+    """A plain LayerNorm behind the add; at 17 and 200 a row ends before its tile does."""
+    inputs = make_inputs((4, 33), width, dtype, device)
+    del inputs["mask"]
+    options = {"mask": None, "sample_scale": drop_some(4, device) if drops else None}
+    check_op(both, inputs, options, backend, reduction=4 * 33)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_of_ones_is_layer_norm(backend, device):
+    inputs = make_inputs((4, 5), 48, torch.float32, device)
+    ones = both(**inputs | {"mask": torch.ones_like(inputs["mask"])}, backend=backend)
+    torch.testing.assert_close(both(**inputs | {"mask": None}, backend=backend), ones)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_add_then_masked_layer_norm(backend, device):
     inputs = make_inputs((4, 5), 48, torch.float32, device)
@@ -179,11 +197,12 @@ def test_compiles_to_one_graph(backend, device):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(bias, device):
+def test_opcheck(bias, masked, device):
     inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, torch.float32, device, bias).items()}
     scale = drop_some(3, device)
-    vectors = inputs["weight"], inputs.get("bias"), inputs["mask"]
+    vectors = inputs["weight"], inputs.get("bias"), inputs["mask"] if masked else None
     arguments = (inputs["x"], inputs["branch"], inputs["branch_mask"], scale, *vectors, 1e-6, torch.float16)
     torch.library.opcheck(torch.ops.ofb_kernels.masked_add_layer_norm.default, arguments)
     arguments = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)

@@ -41,6 +41,17 @@ def test_without_bias(backend, device):
     check_op(masked_layer_norm, inputs, {"bias": None}, backend, reduction=17)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [17, 200, 256, 384])
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_without_mask(backend, dtype, width, bias, device):
+    """A plain LayerNorm; at 17 and 200 a row ends before its tile does."""
+    inputs = make_inputs((2, 57), width, dtype, device, bias)
+    del inputs["mask"]
+    options = {"mask": None} if bias else {"mask": None, "bias": None}
+    check_op(masked_layer_norm, inputs, options, backend, reduction=2 * 57)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
     leading=st.lists(st.integers(1, 9), max_size=3),
@@ -67,8 +78,9 @@ def test_mean_far_from_zero(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mask_of_ones_is_layer_norm(backend, device):
     x, weight, bias, _ = make_inputs((7,), 40, torch.float32, device).values()
-    out = masked_layer_norm(x, weight, bias, torch.ones_like(bias), backend=backend)
-    torch.testing.assert_close(out, F.layer_norm(x, (40,), weight, bias, 1e-6))
+    expected = F.layer_norm(x, (40,), weight, bias, 1e-6)
+    for mask in (torch.ones_like(bias), None):
+        torch.testing.assert_close(masked_layer_norm(x, weight, bias, mask, backend=backend), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,14 +152,16 @@ def test_autocast_rounds_only_the_result(backend, device):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_to_one_graph(backend, device):
+def test_compiles_to_one_graph(backend, masked, device):
     inputs = [t.requires_grad_() for t in make_inputs((3, 5), 8, torch.float32, device).values()]
+    inputs, without = (inputs, ()) if masked else (inputs[:3], (None,))
     compiled = torch.compile(
-        lambda *tensors: masked_layer_norm(*tensors, backend=backend), fullgraph=True, backend="aot_eager"
+        lambda *tensors: masked_layer_norm(*tensors, *without, backend=backend), fullgraph=True, backend="aot_eager"
     )
     out = compiled(*inputs)
-    expected = masked_layer_norm(*inputs, backend=backend)
+    expected = masked_layer_norm(*inputs, *without, backend=backend)
     torch.testing.assert_close(out, expected)
     cotangent = torch.randn_like(out)
     for got, want in zip(
@@ -156,10 +170,12 @@ def test_compiles_to_one_graph(backend, device):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(bias, device):
+def test_opcheck(bias, masked, device):
     inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, torch.float32, device, bias).items()}
-    arguments = (inputs["x"], inputs["weight"], inputs.get("bias"), inputs["mask"], 1e-6, torch.float16)
+    mask = inputs["mask"] if masked else None
+    arguments = (inputs["x"], inputs["weight"], inputs.get("bias"), mask, 1e-6, torch.float16)
     torch.library.opcheck(torch.ops.ofb_kernels.masked_layer_norm.default, arguments)
     x, weight, bias, mask = (None if t is None else t.detach() for t in arguments[:4])
     mean, rstd = torch.randn(15, device=device), torch.rand(15, device=device)
@@ -178,7 +194,7 @@ def test_opcheck(bias, device):
         ({"x": torch.randn(3, 6).half()}, TypeError, "expected weight of x's dtype torch.float16, got torch.float32"),
         ({"mask": torch.rand(6, device="meta")}, ValueError, "got mask on meta"),
         ({"weight": None}, TypeError, "expected weight as a torch.Tensor, got NoneType"),
-        ({"mask": None}, TypeError, "expected mask as a torch.Tensor, got NoneType"),
+        ({"mask": 1.0}, TypeError, "expected mask as a torch.Tensor, got float"),
         ({"eps": -1.0}, ValueError, "expected eps >= 0, got -1.0"),
         ({"backend": "cuda"}, ValueError, "expected one of reference, eager, triton, got 'cuda'"),
     ],

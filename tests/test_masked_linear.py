@@ -39,6 +39,27 @@ def test_without_bias(backend, device):
     check_op(masked_linear, inputs, {"bias": None, "activation": "gelu"}, backend, reduction=17)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_without_mask(backend, dtype, activation, bias, device):
+    """A plain linear layer."""
+    inputs = make_inputs((2, 97), 40, 136, dtype, device, bias)
+    del inputs["mask"]
+    options = {"mask": None, "activation": activation} | ({} if bias else {"bias": None})
+    check_op(masked_linear, inputs, options, backend, reduction=2 * 97)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_without_mask_what_is_frozen_gets_no_gradient(frozen, device):
+    inputs = make_inputs((5, 3), 7, 6, torch.float32, device)
+    del inputs["mask"]
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name != frozen)
+    masked_linear(**inputs, mask=None, backend="triton").square().sum().backward()
+    assert [name for name, tensor in inputs.items() if tensor.grad is None] == [frozen]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
     leading=st.lists(st.integers(1, 9), max_size=3),
@@ -110,14 +131,17 @@ def test_autocast_computes_in_its_dtype(backend, device):
     torch.testing.assert_close(out, expected, atol=8 * torch.finfo(low).eps, rtol=8 * torch.finfo(low).eps)
 
 
+@pytest.mark.parametrize("others", [("gelu",), (None, None)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_to_one_graph(backend, device):
+def test_compiles_to_one_graph(backend, others, device):
+    """Masked with an activation, and plain."""
     inputs = [t.requires_grad_() for t in make_inputs((3, 5), 8, 6, torch.float32, device).values()]
+    inputs = inputs[: 5 - len(others)]
     compiled = torch.compile(
-        lambda *tensors: masked_linear(*tensors, "gelu", backend=backend), fullgraph=True, backend="aot_eager"
+        lambda *tensors: masked_linear(*tensors, *others, backend=backend), fullgraph=True, backend="aot_eager"
     )
     out = compiled(*inputs)
-    expected = masked_linear(*inputs, "gelu", backend=backend)
+    expected = masked_linear(*inputs, *others, backend=backend)
     torch.testing.assert_close(out, expected)
     cotangent = torch.randn_like(out)
     for got, want in zip(

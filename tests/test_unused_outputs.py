@@ -17,6 +17,7 @@ NORM = {"x": (3, 5, 8), "weight": (8,), "bias": (8,), "mask": (8,)}
 SHAPES = {
     "bimask": {"score": (2, 3, 4), "alpha": (2, 3, 2)},
     "masked_linear": LINEAR,
+    "masked_linear without mask": {name: shape for name, shape in LINEAR.items() if name != "mask"},
     "masked_mlp": FC1 | {"fc2_weight": (8, 12), "fc2_bias": (8,)},
     "masked_attention": {"qkv": (2, 5, 3, 2, 4), "mask": (2, 4), "bias": (2, 5, 5)},
     "masked_qkv_attention": {"x": (2, 5, 8), "weight": (24, 8), "bias": (24,), "mask": (2, 4)},
@@ -32,13 +33,14 @@ def make_inputs(op: str, device: str) -> dict[str, Tensor]:
 
 def output_of(op: str, used: int, device: str) -> Callable[..., Tensor]:
     """One of the op's outputs as a function of its inputs, on the Triton kernels."""
-    options = {}
+    name, *without = op.split(" without ")
+    options = dict.fromkeys(without)
     if op == "bimask":
         counts = [[1, 2, 3]] * 2, [[2, 4]] * 2
         options = {"counts": tuple(torch.tensor(each, device=device) for each in counts), "lam": 0.5}
 
     def output(**inputs: Tensor) -> Tensor:
-        result = getattr(ofb_kernels, op)(**inputs, **options, backend="triton")
+        result = getattr(ofb_kernels, name)(**inputs, **options, backend="triton")
         return result[used] if isinstance(result, tuple) else result
 
     return output

@@ -10,6 +10,8 @@ Backward:  g = dout⊙w⊙m and, for each row, c1 = Σ g / M, c2 = Σ g⊙n / M
            dx = rstd·(g − m⊙(c1 + c2·n)),   dw = m⊙Σ_rows dout⊙n,   db = m⊙Σ_rows dout
            dm = w⊙Σ_rows dout⊙n + b⊙Σ_rows dout − Σ_rows (c1·n + ½·c2·(n² − var·rstd²))
 
+Without a mask m is 1 everywhere, and has no gradient: a plain LayerNorm.
+
 The sums over rows are kept per program in float32 and added up by one reduction: no atomics, the same bits every time.
 """
 
@@ -100,7 +102,7 @@ _NO_BRANCH = Branch(None, None, None, 1)
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype,
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, dtype: torch.dtype,
     branch: Branch = _NO_BRANCH,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out (M, N) in `dtype`, the new stream (x itself without a branch), and mean (M,) and rstd (M,) in accumulator
@@ -110,7 +112,7 @@ def forward(
     stream = x if branch.values is None else _stream_like(x, branch.values)
     mean = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     rstd = torch.empty_like(mean)
-    weight, bias, mask = weight.contiguous(), _contiguous(bias), mask.contiguous()
+    weight, bias, mask = weight.contiguous(), _contiguous(bias), _contiguous(mask)
     block_n = _padded_width(columns)
 
     def launch(configuration: dict) -> None:
@@ -130,7 +132,7 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor,
+    grad_out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     mean: Tensor, rstd: Tensor, eps: float,
     grad_stream: Tensor | None = None, branch: Branch = _NO_BRANCH,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
@@ -145,7 +147,7 @@ def backward(
     grad_branch, vectors = None, 3
     if branch.values is not None:
         grad_branch, vectors = torch.empty_like(branch.values, memory_format=torch.contiguous_format), 4
-    weight, bias, mask = weight.contiguous(), _contiguous(bias), mask.contiguous()
+    weight, bias, mask = weight.contiguous(), _contiguous(bias), _contiguous(mask)
     block_n = _padded_width(columns)
 
     def launch(configuration: dict) -> Tensor:
@@ -214,8 +216,8 @@ def _forward_kernel(
     stride_xm, stride_bm = known_multiple(stride_xm, MULTIPLE), known_multiple(stride_bm, MULTIPLE)
     offsets_n = tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
-    mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
-    share = mask / tl.sum(mask, 0)
+    mask, total = _mask(mask_ptr, offsets_n, columns, ACCUMULATOR)  # (BLOCK_N,), M
+    share = mask / total
     scale = tl.load(weight_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR) * mask  # (BLOCK_N,)
     for step in tl.range(STEPS, num_stages=STAGES):
         offsets_m = (tl.program_id(0) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -263,8 +265,7 @@ def _backward_kernel(
     stride_xm, stride_bm = known_multiple(stride_xm, MULTIPLE), known_multiple(stride_bm, MULTIPLE)
     offsets_n = tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
-    mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
-    total = tl.sum(mask, 0)
+    mask, total = _mask(mask_ptr, offsets_n, columns, ACCUMULATOR)  # (BLOCK_N,), M
     weight = tl.load(weight_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
     scale = weight * mask
     sum_product = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # dout⊙n
@@ -308,9 +309,10 @@ def _backward_kernel(
         tl.store(grad_x_ptr + rows_m * columns + offsets_n[None, :], grad_x, mask=inside)
         sum_product += grad_out * normalized
         sum_grad_out += grad_out
-        # var·rstd² = 1 − eps·rstd²
-        relative_variance = 1.0 - EPS * rstd * rstd
-        sum_statistics += c1 * normalized + 0.5 * c2 * (normalized * normalized - relative_variance[:, None])
+        if mask_ptr is not None:
+            # var·rstd² = 1 − eps·rstd²
+            relative_variance = 1.0 - EPS * rstd * rstd
+            sum_statistics += c1 * normalized + 0.5 * c2 * (normalized * normalized - relative_variance[:, None])
     product = tl.sum(sum_product, 0)  # (BLOCK_N,)
     grad_out = tl.sum(sum_grad_out, 0)
     grad_mask = weight * product - tl.sum(sum_statistics, 0)
@@ -322,6 +324,16 @@ def _backward_kernel(
     tl.store(partial_ptrs + 2 * columns, grad_mask, mask=in_columns)
     if branch_ptr is not None:
         tl.store(partial_ptrs + 3 * columns, tl.sum(sum_branch, 0), mask=in_columns)
+
+
+@triton.jit
+def _mask(mask_ptr, offsets_n, columns, ACCUMULATOR: tl.constexpr):
+    """(BLOCK_N,), 0 beyond the last column, and its sum; ones where none is given."""
+    if mask_ptr is None:
+        return (offsets_n < columns).to(ACCUMULATOR), columns.to(ACCUMULATOR)
+    else:
+        mask = tl.load(mask_ptr + offsets_n, mask=offsets_n < columns, other=0.0).to(ACCUMULATOR)
+        return mask, tl.sum(mask, 0)
 
 
 @triton.jit

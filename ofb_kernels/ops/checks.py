@@ -6,6 +6,11 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that were given."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def check_floating(op: str, **tensors: Tensor | None) -> None:
     """Every argument is a dense floating-point tensor, all on one device; only a bias may be None."""
     device = None

@@ -6,8 +6,8 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype
-from ofb_kernels.ops.masked_layer_norm import width_limit
+from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype, present
+from ofb_kernels.ops.masked_layer_norm import like, width_limit
 from ofb_kernels.rows import as_rows, count_rows
 
 
@@ -17,7 +17,7 @@ def masked_add_layer_norm(
     branch_mask: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor,
+    mask: Tensor | None,
     eps: float = 1e-6,
     sample_scale: Tensor | None = None,
     backend: str | None = None,
@@ -36,7 +36,7 @@ def masked_add_layer_norm(
         branch_mask: (D,), any floating dtype.
         weight: (D,), of x's dtype (any floating dtype under autocast).
         bias: (D,) or None.
-        mask: (D,), any floating dtype, with a positive sum.
+        mask: (D,), any floating dtype, with a positive sum; None is a plain LayerNorm, what a mask of ones gives.
         eps: added to the variance.
         sample_scale: (B,) or None, the factor s of each sample's branch: stochastic depth's 0 or 1 / keep probability.
         backend: None, "reference", "eager" or "triton" (D up to 4096); see `dispatch`.
@@ -50,8 +50,8 @@ def masked_add_layer_norm(
         TypeError: a tensor is no floating-point tensor, or dtypes cannot mix.
     """
     op = "masked_add_layer_norm"
-    tensors = dict(x=x, branch=branch, branch_mask=branch_mask, weight=weight, bias=bias, mask=mask)
-    check_floating(op, **tensors, **({} if sample_scale is None else {"sample_scale": sample_scale}))
+    tensors = dict(x=x, branch=branch, branch_mask=branch_mask, weight=weight, bias=bias)
+    check_floating(op, **tensors, **present(mask=mask, sample_scale=sample_scale))
     check_shape(op, "x", x, "...", "N", "D")
     check_shape(op, "branch", branch, *x.shape)
     for name, vector in {"branch_mask": branch_mask, "weight": weight, "bias": bias, "mask": mask}.items():
@@ -61,15 +61,16 @@ def masked_add_layer_norm(
         raise ValueError(f"{op}: expected sample_scale without a gradient, got one that requires it; detach it")
     check_eps(op, eps)
     dtype = compute_dtype(op, x, branch=branch, weight=weight, bias=bias)
-    chosen = choose_backend(op, backend, {"x": x, "branch": branch, "mask": mask}, width_limit(x.shape[-1]))
+    chosen = choose_backend(op, backend, present(x=x, branch=branch, mask=mask), width_limit(x.shape[-1]))
     if chosen == "triton":
         inputs = x, branch, branch_mask, sample_scale, weight, bias, mask
         return torch.ops.ofb_kernels.masked_add_layer_norm(*inputs, eps, dtype)[:2]
     implementation = {"reference": reference, "eager": eager}[chosen]
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x):
-        branch_mask, weight, mask = branch_mask.to(wide), weight.to(wide), mask.to(wide)
-        bias, sample_scale = (None if vector is None else vector.to(wide) for vector in (bias, sample_scale))
+        branch_mask, weight, bias, mask, sample_scale = (
+            None if vector is None else vector.to(wide) for vector in (branch_mask, weight, bias, mask, sample_scale)
+        )
         stream = implementation.add_branch(x, branch, branch_mask, sample_scale)
         return stream, implementation.masked_layer_norm(stream.to(wide), weight, bias, mask, eps).to(dtype)
 
@@ -77,7 +78,7 @@ def masked_add_layer_norm(
 @torch.library.custom_op("ofb_kernels::masked_add_layer_norm", mutates_args=())
 def _forward(
     x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None,
-    weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype,
+    weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
@@ -97,7 +98,7 @@ def _(x, branch, branch_mask, sample_scale, weight, bias, mask, eps, dtype):
 @torch.library.custom_op("ofb_kernels::masked_add_layer_norm_backward", mutates_args=())
 def _backward(
     grad_stream: Tensor | None, grad_out: Tensor | None, stream: Tensor, branch: Tensor, branch_mask: Tensor,
-    sample_scale: Tensor | None, weight: Tensor, bias: Tensor | None, mask: Tensor,
+    sample_scale: Tensor | None, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     mean: Tensor, rstd: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from ofb_kernels.kernels import masked_layer_norm as kernel
@@ -139,8 +140,7 @@ def _autograd_backward(ctx, grad_stream, grad_out, _grad_mean, _grad_rstd):
     )
     vectors = None, None, None  # where only the stream was used, the norm's vectors have no gradient
     if grad_out is not None:
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        vectors = grad_weight.to(weight.dtype), grad_bias, grad_mask.to(mask.dtype)
+        vectors = grad_weight.to(weight.dtype), like(bias, grad_bias), like(mask, grad_mask)
     return grad_x.to(ctx.x_dtype), grad_branch, grad_branch_mask.to(branch_mask.dtype), None, *vectors, None, None
 
 

@@ -1,12 +1,12 @@
 """Masked attention, on packed qkv or with the projection inside: checks, choice of backend, torch library op."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype
+from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype, present
+from ofb_kernels.ops.masked_linear import plain_linear
 
 MAX_HEAD_DIM = 128  # beyond it the Triton kernels' tiles no longer fit on chip
 
@@ -48,7 +48,7 @@ def masked_attention(
     scale = _checked_scale(op, scale, head_dim)
     bias = _windowed(op, "bias", bias, len(qkv), heads, qkv.shape[1])
     qkv = qkv.to(compute_dtype(op, qkv))
-    chosen = choose_backend(op, backend, _present(qkv=qkv, bias=bias, mask=mask), _limits(head_dim))
+    chosen = choose_backend(op, backend, present(qkv=qkv, bias=bias, mask=mask), _limits(head_dim))
     if chosen == "triton":
         return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale, bias)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_attention
@@ -96,10 +96,10 @@ def masked_qkv_attention(
     attention_bias = _windowed(op, "attention_bias", attention_bias, len(x), mask.shape[0], x.shape[1])
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    inputs = _present(x=x, attention_bias=attention_bias, mask=mask)
+    inputs = present(x=x, attention_bias=attention_bias, mask=mask)
     chosen = choose_backend(op, backend, inputs, _limits(mask.shape[1]))
     if chosen == "triton":
-        qkv = F.linear(x, weight, bias).unflatten(-1, (3, *mask.shape))
+        qkv = plain_linear(x, weight, bias).unflatten(-1, (3, *mask.shape))
         return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale, attention_bias)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_qkv_attention
     return implementation(x, weight, bias, mask, scale, attention_bias)
@@ -127,10 +127,6 @@ def _windowed(op: str, name: str, bias: Tensor | None, batch: int, heads: int, t
             "give one for each window of an image, and whole images"
         )
     return bias
-
-
-def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _limits(head_dim: int) -> str | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype
+from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype, present
 from ofb_kernels.rows import as_rows, count_rows
 
 MAX_WIDTH = 4096  # the kernels hold a whole row in registers; a wider one would spill
@@ -16,7 +16,7 @@ def masked_layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor,
+    mask: Tensor | None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
@@ -32,7 +32,7 @@ def masked_layer_norm(
         x: (..., D), any leading shape and strides; D up to 4096 on the Triton backend.
         weight: (D,), of x's dtype (any floating dtype under autocast).
         bias: (D,) or None.
-        mask: (D,), any floating dtype, with a positive sum.
+        mask: (D,), any floating dtype, with a positive sum; None is a plain LayerNorm, what a mask of ones gives.
         eps: added to the variance.
         backend: None, "reference", "eager" or "triton"; see `dispatch`.
 
@@ -44,21 +44,21 @@ def masked_layer_norm(
         TypeError: a tensor is no floating-point tensor, or dtypes cannot mix.
     """
     op = "masked_layer_norm"
-    check_floating(op, x=x, weight=weight, bias=bias, mask=mask)
+    check_floating(op, x=x, weight=weight, bias=bias, **present(mask=mask))
     check_shape(op, "x", x, "...", "D")
     width = x.shape[-1]
     for name, vector in {"weight": weight, "bias": bias, "mask": mask}.items():
         check_shape(op, name, vector, width)
     check_eps(op, eps)
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
-    chosen = choose_backend(op, backend, {"x": x, "mask": mask}, width_limit(width))
+    chosen = choose_backend(op, backend, present(x=x, mask=mask), width_limit(width))
     if chosen == "triton":
         return torch.ops.ofb_kernels.masked_layer_norm(x, weight, bias, mask, eps, dtype)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_layer_norm
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x):
-        bias = None if bias is None else bias.to(wide)
-        return implementation(x.to(wide), weight.to(wide), bias, mask.to(wide), eps).to(dtype)
+        bias, mask = (None if vector is None else vector.to(wide) for vector in (bias, mask))
+        return implementation(x.to(wide), weight.to(wide), bias, mask, eps).to(dtype)
 
 
 def width_limit(width: int) -> str | None:
@@ -68,7 +68,7 @@ def width_limit(width: int) -> str | None:
 
 @torch.library.custom_op("ofb_kernels::masked_layer_norm", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ofb_kernels.kernels import masked_layer_norm as kernel
 
@@ -84,7 +84,7 @@ def _(x, weight, bias, mask, eps, dtype):
 
 @torch.library.custom_op("ofb_kernels::masked_layer_norm_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor,
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     mean: Tensor, rstd: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from ofb_kernels.kernels import masked_layer_norm as kernel
@@ -112,8 +112,12 @@ def _autograd_backward(ctx, grad_out, _grad_mean, _grad_rstd):
     grad_x, (grad_weight, grad_bias, grad_mask) = torch.ops.ofb_kernels.masked_layer_norm_backward(
         grad_out, x, weight, bias, mask, mean, rstd, ctx.eps
     )
-    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_mask.to(mask.dtype), None, None
+    return grad_x, grad_weight.to(weight.dtype), like(bias, grad_bias), like(mask, grad_mask), None, None
+
+
+def like(vector: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """The gradient in its vector's dtype; none for a vector that was not given."""
+    return None if vector is None else gradient.to(vector.dtype)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

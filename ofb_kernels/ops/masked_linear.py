@@ -1,11 +1,13 @@
 """The op masked_linear: checks, choice of backend, and the Triton backend as a torch library op with its autograd."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad
+from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad, present
 from ofb_kernels.rows import as_rows, count_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -15,7 +17,7 @@ def masked_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor,
+    mask: Tensor | None,
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -27,7 +29,7 @@ def masked_linear(
         x: (..., K), any leading shape and strides.
         weight: (N, K), of x's dtype (any floating dtype under autocast).
         bias: (N,) or None.
-        mask: (N,), any floating dtype.
+        mask: (N,), any floating dtype; None is a plain linear layer, what a mask of ones gives.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
         backend: None, "reference", "eager" or "triton"; see `dispatch`.
 
@@ -39,7 +41,7 @@ def masked_linear(
         TypeError: an argument is no floating-point tensor, or dtypes cannot mix.
     """
     op = "masked_linear"
-    check_floating(op, x=x, weight=weight, bias=bias, mask=mask)
+    check_floating(op, x=x, weight=weight, bias=bias, **present(mask=mask))
     check_shape(op, "x", x, "...", "K")
     check_shape(op, "weight", weight, "N", x.shape[-1])
     check_shape(op, "bias", bias, weight.shape[0])
@@ -47,12 +49,56 @@ def masked_linear(
     check_choice(op, "activation", activation, ACTIVATIONS)
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chosen = choose_backend(op, backend, {"x": x, "mask": mask})
+    chosen = choose_backend(op, backend, present(x=x, mask=mask))
+    if chosen == "triton" and mask is None and activation is None:
+        return plain_linear(x, weight, bias)
     if chosen == "triton":
+        mask = weight.new_ones(len(weight)) if mask is None else mask
         keep = needs_grad(x, weight, bias, mask)
         return torch.ops.ofb_kernels.masked_linear(x, weight, bias, mask, activation, keep)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_linear
     return implementation(x, weight, bias, mask, activation)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b of tensors that the Triton backend serves, all of one dtype; the bias's gradient is its own kernel's."""
+    return F.linear(x, weight) if bias is None else _PlainLinear.apply(x, weight, bias)
+
+
+class _PlainLinear(torch.autograd.Function):
+    """torch's own layer but for Σ_rows dout, which `column_sums` adds up in half of torch.sum's time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor | None):
+        if grad_out is None:
+            return None, None, None
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_rows = as_rows(grad_out)
+        return (
+            grad_out @ weight if needs_x else None,
+            grad_rows.t() @ as_rows(x) if needs_weight else None,
+            torch.ops.ofb_kernels.column_sums(grad_rows) if needs_bias else None,
+        )
+
+
+@torch.library.custom_op("ofb_kernels::column_sums", mutates_args=())
+def _column_sums(matrix: Tensor) -> Tensor:
+    from ofb_kernels.kernels.column_sums import column_sums
+
+    return column_sums(matrix, matrix.dtype)
+
+
+@_column_sums.register_fake
+def _(matrix):
+    return matrix.new_empty(matrix.shape[1])
 
 
 @torch.library.custom_op("ofb_kernels::masked_linear", mutates_args=())

@@ -120,18 +120,6 @@ def _(grad_out, x, fc1_weight, fc1_bias, mask, fc2_weight, slope, activation, ne
     return empty_gradients(x, fc1_weight, fc1_bias, mask, needs_x, needs_fc1)
 
 
-@torch.library.custom_op("ofb_kernels::column_sums", mutates_args=())
-def _column_sums(matrix: Tensor) -> Tensor:
-    from ofb_kernels.kernels.column_sums import column_sums
-
-    return column_sums(matrix, matrix.dtype)
-
-
-@_column_sums.register_fake
-def _(matrix):
-    return matrix.new_empty(matrix.shape[1])
-
-
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, fc1_weight, fc1_bias, mask, fc2_weight, _, ctx.activation, _ = inputs

@@ -12,7 +12,7 @@ from timm.layers.attention import Attention
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ofb.supernet.families.layers import masked_norm, present, resized
+from ofb.supernet.families.layers import linear, masked_norm, present, resized
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates, attention_candidates
 from ofb_kernels import masked_linear, masked_qkv_attention
@@ -104,7 +104,7 @@ def masked_forward(
         bias = None if bias is None else bias.to(q.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale).transpose(1, 2).flatten(2)
     norm = getattr(attn, "norm", None)
-    return attn.proj(attended if norm is None else masked_norm(norm, attended, norm_mask))
+    return linear(attn.proj, attended if norm is None else masked_norm(norm, attended, norm_mask))
 
 
 def fold(attn: nn.Module, mask: Tensor) -> None:

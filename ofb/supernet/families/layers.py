@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ofb.supernet.masked_images import blocks_of
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates
-from ofb_kernels import masked_add_layer_norm, masked_layer_norm
+from ofb_kernels import masked_add_layer_norm, masked_layer_norm, masked_linear
 from ofb_kernels.ops.checks import compute_dtype
 
 # A unit whose mask is 0 must add nothing: activations that are 0 at 0.
@@ -85,16 +85,19 @@ def project_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
     patches = blocks_of(images, proj.kernel_size).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, p, q)
     dtype = compute_dtype("patch_embeddings", images)
     patches = patches.to(dtype, memory_format=torch.contiguous_format)  # cast and laid out in one pass
-    return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
+    return masked_linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias, None)
 
 
 def masked_norm(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A norm that weighs channels by the mask, its output ⊙ mask; as it is without a mask."""
-    if mask is None or isinstance(norm, nn.Identity):
-        return norm(x)
-    if isinstance(norm, RmsNorm):
-        return _masked_rms_norm(norm, x, mask)
-    return masked_layer_norm(x, norm.weight, norm.bias, mask, norm.eps)
+    """A norm that weighs channels by the mask, its output ⊙ mask; a plain one without a mask."""
+    if isinstance(norm, nn.LayerNorm):
+        return masked_layer_norm(x, norm.weight, norm.bias, mask, norm.eps)
+    return norm(x) if mask is None or isinstance(norm, nn.Identity) else _masked_rms_norm(norm, x, mask)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer without a mask of its own; one with another forward as it is."""
+    return masked_linear(x, layer.weight, layer.bias, None) if type(layer) is nn.Linear else layer(x)
 
 
 def add_norm(
@@ -110,11 +113,8 @@ def add_norm(
 
     Mask, layer scale and drop path all only scale: they are multiplied together before they meet the branch.
     """
-    if residual_mask is None:
-        x = x + drop_path(layer_scale(branch))
-        return x, norm(x)
-    branch_mask = layer_scale(residual_mask)
-    if norm_mask is None or not isinstance(norm, nn.LayerNorm):
+    branch_mask = layer_scale(x.new_ones(x.shape[-1]) if residual_mask is None else residual_mask)
+    if not isinstance(norm, nn.LayerNorm):
         x = torch.addcmul(x, branch, drop_path(branch_mask.expand(len(x), 1, -1)))
         return x, masked_norm(norm, x, norm_mask)
     drops = drop_path.training and not isinstance(drop_path, nn.Identity)

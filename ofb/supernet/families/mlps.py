@@ -8,7 +8,15 @@ import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from ofb.supernet.families.layers import ACTIVATION_LAYERS, activation, masked_norm, present, resized, scale_rows
+from ofb.supernet.families.layers import (
+    ACTIVATION_LAYERS,
+    activation,
+    linear,
+    masked_norm,
+    present,
+    resized,
+    scale_rows,
+)
 from ofb.supernet.pruning import Coupling
 from ofb_kernels import masked_linear, masked_mlp
 
@@ -56,7 +64,7 @@ def masked_forward(mlp: nn.Module, x: Tensor, mask: Tensor, norm_mask: Tensor | 
         hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
     else:
         hidden = mlp.act(masked_linear(x, mlp.fc1.weight, mlp.fc1.bias, mask))
-    return fc2(masked_norm(mlp.norm, hidden, norm_mask))
+    return linear(fc2, masked_norm(mlp.norm, hidden, norm_mask))
 
 
 def fold(mlp: nn.Module, mask: Tensor) -> None:

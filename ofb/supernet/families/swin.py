@@ -26,6 +26,7 @@ from ofb.supernet.families import attentions, mlps, vit_checks
 from ofb.supernet.families.layers import (
     Submodule,
     add_norm,
+    linear,
     masked_norm,
     patch_embeddings,
     present,
@@ -201,7 +202,7 @@ def _block(
     bias = bias[0] if block.attn_mask is None else bias + block.attn_mask[:, None]
     weights = attentions.qkv_parameters(attn)
     attended = masked_qkv_attention(windows, *weights, attention_mask, attn.scale, attention_bias=bias)
-    branch = _from_windows(block, attn.proj(attended))
+    branch = _from_windows(block, linear(attn.proj, attended))
     x, normalized = add_norm(x, branch, nn.Identity(), block.drop_path1, residual_mask, block.norm2, norm_mask)
     branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, norm_mask=None)
     return x + block.drop_path2(branch if residual_mask is None else branch * residual_mask)
