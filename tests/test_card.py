@@ -391,7 +391,7 @@ def test_a_search_is_compared_after_as_many_pruning_events():
     clocks = moments({"triton": [1.0, 2.0, 4.0], "reference": [4.0, 9.0]})
     assert search_time.after_events(clocks) == {"triton": (4.0, 1.0, 2), "reference": (9.0, 4.5, 1)}
     assert search_time.compared(clocks) == [
-        "search, after 1 pruning events: reference takes 4.5 × the time of triton, its step 4.50 ×"
+        "search, after 1 pruning event: reference takes 4.5 × the time of triton, its step 4.50 ×"
     ]
     ahead = moments({"triton": [1.0, 2.0], "folded + compile": [3.0, 5.0, 9.0]})
     assert search_time.after_events(ahead)["folded + compile"] == (5.0, 2.5, 1)

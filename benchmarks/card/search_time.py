@@ -58,7 +58,7 @@ def searches(arguments: argparse.Namespace, until: float) -> dict[str, list[Mome
             for moment in prunes_on_the_clock(arguments, VARIANTS[name]):
                 clocks.setdefault(name, []).append(moment)
                 report(clocks, arguments)
-                events = f"{len(clocks[name]) - 1} pruning events"
+                events = counted(len(clocks[name]) - 1)
                 print(f"{name}: {moment.seconds:.1f} s, {events}, a step {1e3 * moment.step:.2f} ms", flush=True)
                 if time.monotonic() > ends:
                     break
@@ -122,12 +122,12 @@ def report(clocks: dict[str, list[Moment]], arguments: argparse.Namespace) -> No
     about |= {"batch_size": arguments.batch_size, "size": "full", "base": base}
     about |= {"graph": device == "cuda", "rounds": 1} | environment(device)
     timed = [("search", name, *after) for name, after in after_events(clocks).items()]
-    timed += [("its step", name, *step) for name in clocks for step in steps_after_events(clocks, name)]
+    timed += [("a step of the search", name, *step) for name in clocks for step in steps_after_events(clocks, name)]
     rows = []
     for what, name, seconds, ratio, events in timed:
         times = dict.fromkeys(("ms_20", "ms", "ms_80"), round(1e3 * seconds, 3))
         ratios = dict.fromkeys(("over_base_20", "over_base", "over_base_80"), round(ratio, 4))
-        row = about | times | ratios | {"pass": what, "variant": name, "shape": f"{events} pruning events"}
+        row = about | times | ratios | {"pass": what, "variant": name, "shape": counted(events)}
         rows.append({column: row.get(column) for column in COLUMNS})
     keep(rows, (arguments.output or results_folder(device)) / "search.csv")
 
@@ -157,8 +157,12 @@ def compared(clocks: dict[str, list[Moment]]) -> list[str]:
     for name, (_, ratio, events) in rivals:
         step = steps_after_events(clocks, name)[events][1]
         times = f"{name} takes {ratio:.1f} × the time of {base[0]}, its step {step:.2f} ×"
-        lines.append(f"search, after {events} pruning events: {times}")
+        lines.append(f"search, after {counted(events)}: {times}")
     return lines
+
+
+def counted(events: int) -> str:
+    return f"{events} pruning event" + "s" * (events != 1)
 
 
 if __name__ == "__main__":
