@@ -244,7 +244,7 @@ def test_damaged_file_of_options(text, message, tmp_path, capsys):
 def test_a_preset_in_a_file(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("preset: deit-tiny-imagenet\nepochs: 30\n")
-    config = parse("search", SearchConfig, ["--config", str(path), "--data-dir", "somewhere", "--lr", "0.5"])
+    config = parse("search", ["--config", str(path), "--data-dir", "somewhere", "--lr", "0.5"])
     assert (config.model, config.epochs, config.lr, config.settling) == ("deit_tiny_patch16_224", 30, 0.5, 0.0)
 
 
@@ -316,3 +316,25 @@ def test_handlers_of_signals_are_put_back(tmp_path):
     assert run("train --resume --output no/such/run") == 2
     assert run(TRAIN, "--output", str(tmp_path / "run")) == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["search", "--help"], ["completion", "bash"]])
+def test_help_comes_without_torch(arguments):
+    """So that it comes at once: torch and timm take seconds to import."""
+    code = f"""
+import sys
+sys.argv[0] = "/usr/bin/ofb"
+from ofb.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+assert not {{"torch", "timm"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "ofb" in done.stdout, done.stderr
+
+
+def test_timm_knows_the_architecture_as_soon_as_ofb_is_imported():
+    code = "import ofb, timm\nassert timm.is_model('ofb_network')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""

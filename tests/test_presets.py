@@ -3,7 +3,6 @@
 import pytest
 
 from ofb.cli import parse
-from ofb.engine.config import SearchConfig
 from ofb.engine.presets import PRESETS, preset
 
 # OFB (CVPR 2024), section 4.1; learning rates at 1,024 images a step.
@@ -24,7 +23,7 @@ PAPER_FINETUNE = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_the_papers_recipe(name):
-    config = parse("search", SearchConfig, ["--preset", name, "--data-dir", "/imagenet"])
+    config = parse("search", ["--preset", name, "--data-dir", "/imagenet"])
     finetune = config.finetune()
     assert {key: getattr(config, key) for key in PAPER_SEARCH} == PAPER_SEARCH
     assert {key: getattr(finetune, key) for key in PAPER_FINETUNE} == PAPER_FINETUNE
@@ -34,18 +33,18 @@ def test_preset_is_the_papers_recipe(name):
 
 def test_given_options_come_last():
     arguments = "--preset deit-small-imagenet --data hfds/imagenet-1k --epochs 5 --warmup-epochs 1 --target 30%"
-    config = parse("search", SearchConfig, arguments.split())
+    config = parse("search", arguments.split())
     assert (config.data, config.data_dir, config.epochs, config.target) == ("hfds/imagenet-1k", None, 5, "30%")
     assert config.batch_size == 1024
 
 
 def test_the_data_is_missing():
     with pytest.raises(ValueError, match="add --data-dir FOLDER"):
-        parse("search", SearchConfig, ["--preset", "deit-small-imagenet"])
+        parse("search", ["--preset", "deit-small-imagenet"])
 
 
 def test_unknown_preset():
     with pytest.raises(ValueError, match="preset: expected one of deit-tiny-imagenet.*got 'vit'"):
-        parse("search", SearchConfig, ["--preset", "vit"])
+        parse("search", ["--preset", "vit"])
     with pytest.raises(ValueError, match="preset"):
         preset("")

@@ -7,13 +7,13 @@ CVPR 2024, section 4.1) is a preset. Names are timm's where timm has the option.
 import difflib
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import Any, Literal
-
-from timm.optim import list_optimizers
+from typing import TYPE_CHECKING, Any, Literal
 
 from ofb.engine.options import at_least, between, key_and_value, positive
-from ofb.supernet.losses import Criterion
-from ofb.supernet.search_space import SearchSpace
+
+if TYPE_CHECKING:  # torch and timm are imported where they are needed: help comes without them
+    from ofb.supernet.losses import Criterion
+    from ofb.supernet.search_space import SearchSpace
 
 DATA_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # of what timm does not read from a folder of images
 
@@ -225,13 +225,20 @@ class TrainingConfig(RunConfig, DataConfig):
         if self.resume and self.output is None:
             raise ValueError("resume: expected the run folder as well; add --output FOLDER")
         self.criterion()
+        self._check_optimizer()
+        self.model_options()
+
+    def _check_optimizer(self) -> None:
+        from timm.optim import list_optimizers
+
         if self.opt not in list_optimizers():
             close = ", ".join(difflib.get_close_matches(self.opt, list_optimizers())) or "adamw"
             raise ValueError(f"opt: expected a timm optimizer, got {self.opt!r}; did you mean {close}?")
-        self.model_options()
 
-    def criterion(self) -> Criterion:
+    def criterion(self) -> "Criterion":
         """The classification loss."""
+        from ofb.supernet.losses import Criterion
+
         return Criterion(self.smoothing, self.distillation, self.distillation_alpha, self.distillation_tau)
 
     def model_options(self) -> dict[str, Any]:
@@ -415,8 +422,10 @@ class SearchConfig(TrainingConfig):
             return [self.target]
         return [target.strip() for target in self.targets.split(";" if ";" in self.targets else ",")]
 
-    def search_space(self) -> SearchSpace:
+    def search_space(self) -> "SearchSpace":
         """What is wanted of the candidate sizes."""
+        from ofb.supernet.search_space import SearchSpace
+
         return SearchSpace.parse(self.round_to, self.freeze, self.candidates, self.bounds, self.tokens)
 
     def finetune(self) -> TrainConfig:

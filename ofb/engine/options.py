@@ -3,7 +3,10 @@
 import ast
 import reprlib
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ofb.engine.untrusted import parse_yaml
 
 Config = TypeVar("Config")
 
@@ -44,6 +47,17 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _kind(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+
+
+def read_options(argument: str, path: Path) -> dict[str, Any]:
+    """The options in a YAML file, as the file says them."""
+    try:
+        options = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: expected a YAML file of options, got {path}: {error}") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"{argument}: expected a YAML file of options such as `epochs: 100`, got {path}")
+    return options
 
 
 def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
