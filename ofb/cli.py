@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
+from ofb.engine.extras import check_extras, modules_for
 from ofb.engine.options import from_dict, read_options
 from ofb.engine.presets import preset
 from ofb.engine.tool_config import (
@@ -69,6 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(command: str, args: Sequence[str]) -> int:
     """Run a command with its options; its help needs neither torch nor the other processes of a job."""
+    check_extras("tyro")
     if command == "completion" or {"-h", "--help"} & set(args):
         config = parse(command, args)
         print_completion(config.shell)
@@ -79,6 +81,7 @@ def _run(command: str, args: Sequence[str]) -> int:
 
     with sigterm_raises(), process_group():
         config = on_main(parse, command, args, was_restarted())
+        check_extras(*modules_for(command, config))
         return getattr(commands, f"run_{command}")(config) or 0
 
 

@@ -1,5 +1,6 @@
 """Both packages import with what they require, and with nothing more."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from ofb.engine.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,3 +60,36 @@ def test_wheel_holds_both_packages_and_their_data(tmp_path):
     data = {"ofb/py.typed", "ofb_kernels/py.typed", "ofb_kernels/measured.json"}
     assert sources | data <= names
     assert all(name.split("/")[0] in ("ofb", "ofb_kernels") or ".dist-info/" in name for name in names)
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    assert "Project-URL: Paper, https://" in metadata and "## Install" in metadata
+    links = re.findall(r"\]\(([^)]*)\)", metadata.partition("\n\n")[2])
+    assert links and all(link.startswith(("http", "#")) for link in links), "nothing else leads anywhere from an index"
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"),
+    [
+        ("tyro", "search --help", "cli"),
+        ("matplotlib", "search --data-dir nowhere", "cli"),
+        ("matplotlib", "report nowhere", "cli"),
+        ("sklearn", "train", "cli"),
+        ("onnxscript", "export nowhere", "export"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_is_done(missing, command, extra, tmp_path):
+    code = f"from ofb.cli import main\nassert main({command.split()!r}) == 2"
+    blocking = f"import sys, os\nos.chdir({str(tmp_path)!r})\nsys.modules[{missing!r}] = None\n"
+    done = subprocess.run([sys.executable, "-c", blocking + code], capture_output=True, text=True)
+    expected = f'ofb: expected {missing} to be installed, got no such module; pip install "ofb-kernels[{extra}]"\n'
+    assert done.returncode == 0 and done.stderr == expected, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_extra_module_is_one_of_setup():
+    """setup.py is the list; names of modules are not always those of packages."""
+    packages = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+    listed = (ROOT / "setup.py").read_text()
+    for module, extra in EXTRAS.items():
+        line = next(line for line in listed.splitlines() if line.startswith(f"{extra.upper()} = "))
+        assert f'"{packages.get(module, module)}>=' in line
