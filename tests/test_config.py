@@ -1,6 +1,7 @@
 """Options: defaults of the paper's recipe, round trips, errors that name the option."""
 
 import json
+import os
 
 import pytest
 
@@ -87,3 +88,14 @@ def test_unknown_option():
 def test_bad_wishes_for_sizes(options, message):
     with pytest.raises(ValueError, match=message):
         SearchConfig(**options)
+
+
+def test_as_many_workers_as_processors(monkeypatch):
+    """Shared among the processes of a job on the same machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert TrainConfig().worker_count == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert TrainConfig().worker_count == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
+    assert TrainConfig().worker_count == 8
+    assert TrainConfig(workers=0).worker_count == 0

@@ -21,6 +21,6 @@ def advice_on(error: RuntimeError, config: TrainingConfig) -> str | None:
     if str(error).startswith("DataLoader worker"):
         return (
             f"a process that reads images died ({str(error).splitlines()[0]}), often of too little memory; "
-            f"fewer --workers than {config.workers} need less"
+            f"fewer --workers than {config.worker_count} need less"
         )
     return None

@@ -5,6 +5,7 @@ CVPR 2024, section 4.1) is a preset. Names are timm's where timm has the option.
 """
 
 import difflib
+import os
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # torch and timm are imported where they are needed: help com
     from ofb.supernet.losses import Criterion
     from ofb.supernet.search_space import SearchSpace
 
+MOST_WORKERS = 8  # more seldom help one process, and each takes memory
 DATA_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # of what timm does not read from a folder of images
 
 
@@ -74,12 +76,14 @@ class DataConfig:
     skip_broken: bool = False
     """Leave image files out that cannot be read, and count them, instead of stopping at the first."""
 
-    workers: int = 4
-    """Processes that read and augment images, for each process of a job; `digits` needs none."""
+    workers: int | None = None
+    """Processes that read and augment images, for each process of a job; one for each processor there is for it, 8 at
+    most, if not given. `digits` needs none."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
-        at_least(self, 0, "workers")
+        if self.workers is not None:
+            at_least(self, 0, "workers")
         between(self, 0, 1, "val_share", "test_share")
         if self.data is None:
             self.data = "digits" if self.data_dir is None else ""
@@ -93,6 +97,15 @@ class DataConfig:
                 f"data: expected `digits`, a timm data set with a prefix such as torch/cifar10, or any name with "
                 f"--data-dir, got {self.data!r} alone; add --data-dir FOLDER"
             )
+
+    @property
+    def worker_count(self) -> int:
+        """Processes that read images."""
+        if self.workers is not None:
+            return self.workers
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of the job on this machine, by torchrun
+        return max(1, min(MOST_WORKERS, processors // beside))
 
     @property
     def is_image_folder(self) -> bool:

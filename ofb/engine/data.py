@@ -189,7 +189,7 @@ def _timm_loaders(config: DataConfig, model: nn.Module, device: torch.device) ->
             dataset,
             **expected,
             batch_size=loader_batch_size(config.batch_size, dataset),
-            num_workers=config.workers,
+            num_workers=config.worker_count,
             use_prefetcher=device.type == "cuda",
             device=device,
             # New workers are seeded from torch's generator each epoch, old ones would carry on where they were.
