@@ -299,3 +299,20 @@ def test_training_on_a_folder_says_how_it_is_split(tmp_path, capsys):
     assert main(run) == 0
     assert "has no splits" in (evaluated := capsys.readouterr().out)
     assert evaluated.splitlines()[-1] in printed
+
+
+def test_files_with_other_endings(folder):
+    """What Pillow reads is an image; what is none by its ending is left out, and told."""
+    cat = folder / "train/cat"
+    image = Image.new("RGB", (9, 9), (1, 2, 3))
+    for number, ending in enumerate(("webp", "bmp", "TIFF", "ppm")):
+        image.putpixel((0, 0), (number, 0, 0))
+        image.save(cat / f"other.{ending}")
+    for name in ("labels.txt", "notes.txt", "film.mp4", "README", ".DS_Store"):
+        (cat / name).write_text("no image")
+    loaders = loaders_of(folder)
+    train, val, _ = parts_of(loaders)
+    assert len(train | val) == 48 + 4
+    (note,) = loaders.notes
+    assert note.startswith(f"{folder / 'train'} holds files that are no images") and "2 .txt" in note
+    assert "1 .mp4" in note and "1 without an ending" in note

@@ -2,11 +2,12 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import combinations
 
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers import add_img_extensions, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from ofb.engine.config import DataConfig
@@ -20,12 +21,16 @@ from ofb.engine.splits import (
     is_flat,
     missing_classes,
     nested_split,
+    other_files,
     real_paths,
     shown,
     split_folder,
     subfolders,
     synonyms,
 )
+
+# What Pillow reads besides timm's .png, .jpg and .jpeg; torchvision's ImageFolder takes the same.
+add_img_extensions([".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"])
 
 Chosen = dict[str, tuple[str, list[int]]]  # for each part, the split its images come from and which they are
 
@@ -47,7 +52,7 @@ def open_parts(config: DataConfig, channels: int) -> tuple[dict[str, Dataset], l
             splits[part], missing = _with_classes_of(train, config, option, channels)
             if missing:
                 notes.append(f"{getattr(config, option)!r} has no images of {shown(missing)}, as training has")
-    notes += _check_apart(config, splits)
+    notes += [*_other_files(config, splits), *_check_apart(config, splits)]
     if isinstance(train, IterableDataset):
         if "val" not in splits:
             raise ValueError(f"val_split: expected a split of {config.data}, whose images cannot be held out, got None")
@@ -153,6 +158,16 @@ def _with_classes_of(train: Dataset, config: DataConfig, option: str, channels: 
                 f"{getattr(config, option)!r}; add images of them, or leave --data out"
             )
     return dataset, missing
+
+
+def _other_files(config: DataConfig, splits: Mapping[str, Dataset]) -> Iterator[str]:
+    """A note where a folder of images holds files that are none by their endings."""
+    for part in splits if config.is_image_folder else ():
+        if os.path.isdir(folder := _folder(config, f"{part}_split")):
+            found = other_files(folder, get_img_extensions(as_set=True))
+            if found:
+                endings = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in found.most_common())
+                yield f"{folder} holds files that are no images by their endings, which are left out: {endings}"
 
 
 def _check_apart(config: DataConfig, splits: Mapping[str, Dataset]) -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,13 @@ def nested_split(root: str) -> str | None:
         for inner in subfolders(os.path.join(root, outer))
     )
     return next((path for path in below if any(os.path.basename(path).lower() in names for names in SYNONYMS)), None)
+
+
+def other_files(root: str, images: Collection[str]) -> Counter[str]:
+    """How many files below a folder, hidden ones aside, have an ending that none of the `images` has."""
+    names = (name for _, _, names in os.walk(root, followlinks=True) for name in names if not name.startswith("."))
+    endings = (os.path.splitext(name)[1].lower() for name in names)
+    return Counter(ending for ending in endings if ending not in images)
 
 
 def shown(names: Iterable[str], most: int = 10) -> str:
