@@ -104,7 +104,7 @@ def test_image_folder(image_folder):
         ({"model_kwargs": ("colour=3",)}, "cannot be made with"),
         (
             {"data": "", "data_dir": "/no/such/folder"},
-            "data: cannot read split 'train'.*: no such folder",
+            "data_dir: expected a folder of images, got .*, which is not there",
         ),
     ],
 )

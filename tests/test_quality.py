@@ -229,7 +229,7 @@ def test_rows_stay_and_known_runs_are_not_repeated(tmp_path):
         (["--options", "pace"], "options: expected key=value, got 'pace'"),
         (["--options", "no_such=1"], "has no option no_such"),
         (["--data", "cifar10", "--data-dir", "nowhere"], "data_dir: expected torch/cifar10 in nowhere"),
-        (["--data", "imagenet", "--data-dir", "nowhere"], "in nowhere: no such folder"),
+        (["--data", "imagenet", "--data-dir", "nowhere"], "got nowhere, which is not there"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_runs(wrong, message, monkeypatch, capsys):

@@ -125,7 +125,7 @@ def _folder(config: DataConfig, option: str) -> str:
     """The folder of a split's images; that of all, where it holds classes without splits."""
     root, split = config.data_dir, getattr(config, option)
     if not os.path.exists(root):
-        raise ValueError(f"data: cannot read split {split!r} of {config.data!r} in {root}: no such folder")
+        raise ValueError(f"data_dir: expected a folder of images, got {root}, which is not there")
     if _is_flat(config):
         if nested := nested_split(root):
             raise ValueError(
