@@ -121,22 +121,37 @@ def test_a_model_for_fewer_classes(folder):
 
 
 def test_a_missing_split_is_an_error_that_lists_what_is_there(folder):
-    (folder / "validation").rename(folder / "test")
+    (folder / "validation").rename(folder / "exam")
     with pytest.raises(
-        ValueError, match="test_split: expected a folder 'validation' in .*, got test, train; name .*--test-split"
+        ValueError, match="test_split: expected a folder 'validation' in .*, got exam, train; name .*--test-split"
     ):
         loaders_of(folder)
-    assert len(parts_of(loaders_of(folder, test_split="test"))[2]) == 24
+    assert len(parts_of(loaders_of(folder, test_split="exam"))[2]) == 24
     with pytest.raises(
-        ValueError, match="val_split: expected a folder 'holdout' in .*, got test, train; name .*--val-split"
+        ValueError, match="val_split: expected a folder 'holdout' in .*, got exam, train; name .*--val-split"
     ):
-        loaders_of(folder, test_split="test", val_split="holdout")
+        loaders_of(folder, test_split="exam", val_split="holdout")
     (folder / "train").rename(folder / "Train")
     with pytest.raises(
-        ValueError, match="train_split: expected a folder 'train' in .*, got Train, test; name .*--train-split"
+        ValueError, match="train_split: expected a folder 'train' in .*, got Train, exam; name .*--train-split"
     ):
-        loaders_of(folder, test_split="test")
-    assert len(parts_of(loaders_of(folder, train_split="Train", test_split="test"))[0]) == 36
+        loaders_of(folder, test_split="exam")
+    assert len(parts_of(loaders_of(folder, train_split="Train", test_split="exam"))[0]) == 36
+
+
+def test_a_folder_is_used_as_its_splits_are_meant(folder):
+    """validation/ alone reports; beside test/ it chooses, and test/ reports; test/ alone reports."""
+
+    def holders(**options) -> list[set[str]]:
+        return [{file.split("/")[-3] for file in part} for part in parts_of(loaders_of(folder, **options))]
+
+    assert holders() == [{"train"}, {"train"}, {"validation"}]
+    write_classes(folder / "test", CLASSES, count=2, seed=31)
+    assert holders() == [{"train"}, {"validation"}, {"test"}]
+    assert holders(test_split="validation") == [{"train"}, {"train"}, {"validation"}]
+    assert holders(val_split="validation") == [{"train"}, {"validation"}, {"test"}]
+    shutil.rmtree(folder / "validation")
+    assert holders() == [{"train"}, {"train"}, {"test"}]
 
 
 def test_training_images_alone_may_be_split(folder):

@@ -59,10 +59,11 @@ class DataConfig:
     """Split to train on; class indices are those of its classes."""
 
     val_split: str | None = None
-    """Split that chooses the best epoch; part of the training split (--val-share) is held out for it if not given."""
+    """Split that chooses the best epoch; if not given, `validation` where there is `test` as well, or else part of the
+    training split (--val-share)."""
 
-    test_split: str = "validation"
-    """Split that only reports."""
+    test_split: str | None = None
+    """Split that only reports; if not given, `test` where there is one, or else `validation`."""
 
     val_share: float = 0.02
     """Share of the training images that is held out to choose the best epoch, where there is no --val-split."""

@@ -19,7 +19,7 @@ from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
 
 from ofb.engine.augmentation import Augmentation, check_policy
 from ofb.engine.config import DataConfig, TrainingConfig
-from ofb.engine.datasets import has_training_images, open_parts, open_split
+from ofb.engine.datasets import has_training_images, open_parts, open_split, with_splits
 from ofb.engine.readable import ReadableImages
 from ofb.engine.shards import loader_batch_size
 from ofb.engine.splits import class_indices, count_classes, shown
@@ -199,7 +199,7 @@ def _timm_loaders(config: DataConfig, model: nn.Module, device: torch.device) ->
         )
 
     if not trains and getattr(config, "split", None) == "test" and not has_training_images(config):
-        test = open_split(config, "test_split", channels)
+        test = open_split(with_splits(config), "test_split", channels)
         note = _check_classes_of_test(model, test, config)
         return Loaders(None, None, loader(test), (note,))
     parts, notes = open_parts(config, channels)

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import combinations
 
 from timm.data import ImageDataset, create_dataset
@@ -43,6 +43,7 @@ def open_parts(config: DataConfig, channels: int) -> tuple[dict[str, Dataset], l
     Raises:
         ValueError: a split is not there or cannot be read, has classes of its own, or has files of another split.
     """
+    config = with_splits(config)
     train = open_split(config, "train_split", channels)
     check_classes(train, config.train_split)
     splits, notes = {"train": train}, []
@@ -61,6 +62,18 @@ def open_parts(config: DataConfig, channels: int) -> tuple[dict[str, Dataset], l
     if "test" not in splits:
         notes.append(_shares(config, chosen))
     return {part: _subset(splits[split], indices) for part, (split, indices) in chosen.items()}, notes + left_out
+
+
+def with_splits(config: DataConfig) -> DataConfig:
+    """The config with a name for the test split, and one for the validation split where a folder has both; those of a
+    folder of classes without splits have none."""
+    if config.test_split is not None or _is_flat(config):
+        return config
+    folders = config.is_image_folder and {name: split_folder(config.data_dir, name) for name in ("validation", "test")}
+    if not folders or not folders["test"]:
+        return replace(config, test_split="validation")
+    validation = "validation" if config.val_split is None and folders["validation"] else config.val_split
+    return replace(config, val_split=validation, test_split="test")
 
 
 def open_split(config: DataConfig, option: str, channels: int, class_map: Mapping[str, int] | None = None) -> Dataset:
