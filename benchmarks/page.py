@@ -52,7 +52,7 @@ def device_folders(results: Path) -> list[Path]:
 def pictures(folder: Path) -> dict[str, list[Row]]:
     """Rows of each picture: the steps, and the ops whole, forward with backward, at one batch size."""
     rows = _rows(folder)
-    steps = [row for row in rows if row["benchmark"] == "step"]
+    steps = side_by_side(row for row in rows if row["benchmark"] == "step")
     ops = [row for row in rows if row["benchmark"] == "op" and row["size"] == "full"]
     batches = {row["batch_size"] for row in ops}
     batch = "256" if "256" in batches else min(batches, default="")
@@ -60,6 +60,14 @@ def pictures(folder: Path) -> dict[str, list[Row]]:
     ops = [row for row in ops if row["batch_size"] == batch]
     ops = [row for row in ops if row["pass"] == ("both" if row["subject"] in with_backward else "forward")]
     return {name: chosen for name, chosen in {"step.png": steps, "ops.png": ops}.items() if chosen}
+
+
+def side_by_side(steps: Iterable[Row]) -> list[Row]:
+    """Steps of one network at one size as one case: each process timed its variants beside the dense network, so that
+    their ratios compare. What several of them timed is shown once, as the first of them did."""
+    steps = sorted(steps, key=lambda row: (_case(row)[:-1], row["pass"]))
+    shown = {(*_case(row)[:-1], row["variant"], row["graph"]): row | {"pass": "step"} for row in reversed(steps)}
+    return sorted(shown.values(), key=lambda row: (_case(row), row["graph"], float(row["over_base"])))
 
 
 def device_section(folder: Path) -> str:

@@ -163,3 +163,18 @@ def test_heaviest_kernels_first():
         ["81", "us", "2", "launches", "product"], ["15", "us", "3", "launches", "norm"]
     ]  # fmt: skip
     assert heaviest(launches(lambda: None, "cpu")) == ""
+
+
+def test_steps_of_several_processes_stand_side_by_side():
+    """Each variant once, the fastest first, graphs apart."""
+
+    def row(variant, over, graph="False", beside="step"):
+        about = {"benchmark": "step", "subject": "deit_small", "batch_size": "8", "size": "full", "pass": beside}
+        return about | {"variant": variant, "over_base": str(over), "graph": graph}
+
+    first = [row("dense", 1.0, beside="step beside x"), row("x", 0.6, beside="step beside x")]
+    second = [row("dense", 1.0), row("triton", 1.9), row("triton", 0.5, graph="True")]
+    found = page.side_by_side([*first, *second, row("triton", 1.8, beside="step beside x")])
+    assert {each["pass"] for each in found} == {"step"}
+    shown = [(each["variant"], each["over_base"]) for each in found]
+    assert shown == [("x", "0.6"), ("dense", "1.0"), ("triton", "1.9"), ("triton", "0.5")]
