@@ -150,6 +150,8 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
         ("search --target 50% --freeze head", "freeze: expected a pattern of embed, attn0, mlp0, got 'head'"),
         ("train --model vit_tinny_patch16_224", "model: expected a timm model name, got 'vit_tinny_patch16_224'"),
         ("search --model vit_tiny_patch16_224 --model-kwargs depth=1 attn_drop_rate=0.1", "model: cannot be searched"),
+        ("train --model resnet18", "model: expected a Vision Transformer of timm's ViT, EVA or Swin family, which can"),
+        ("search --target 30", "got 30; did you mean 30%?"),
         ("train --device gpu", "device: expected one of this machine"),
         ("train --resume --output no/such/run", "resume: expected a run folder with config.yaml, got no/such/run"),
         ("search --checkpoint no/such/network", "found no config.json"),

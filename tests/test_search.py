@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ofb
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import create_loaders, create_model
+from ofb.engine.history import in_order
 from ofb.engine.search import describe_choices, describe_costs, describe_reach, make_supernet
 from ofb.engine.seeding import seed_everything
 from ofb.supernet.families import count_macs
@@ -209,7 +210,10 @@ def test_reach_and_choices_in_words():
     assert costs.startswith("found: ") and "MACs (9" in costs or "MACs (100" in costs
     supernet.finalize()
     words = describe_choices(supernet)
-    assert all(name in words for name in supernet.bimasks)
+    first, *_ = words.partition("\n2 of ")[0].splitlines()
+    sizes = " ".join(words.partition("were still")[0].split())
+    places = [sizes.index(f" {name} ") for name in in_order(supernet)]
+    assert places == sorted(places) and first.startswith("sizes: embed ")
     assert f"{len(supernet.bimasks)} of {len(supernet.bimasks)} were still open at the end" in words
 
 
