@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import time
 
@@ -12,7 +13,7 @@ from rich.console import Console
 import ofb
 from ofb.engine.bar import StageBar
 from ofb.engine.config import TrainConfig
-from ofb.engine.history import History
+from ofb.engine.history import History, in_order
 from ofb.engine.journal import Journal
 from tests.common import tiny_vit
 
@@ -59,8 +60,8 @@ def test_what_was_pruned_breaks_between_items(monkeypatch, capsys):
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith("  pruned: embed 32") and others and max(map(len, [first, *others])) <= 80
     assert all(line.startswith("    ") and line.endswith(("left),", "left)")) for line in others)
-    names = [item.split()[0] for item in " ".join([first, *others]).replace("pruned:", "").split("left)")[:-1]]
-    assert [name.strip(",") for name in names if name != ","] or names
+    names = re.findall(r"[a-z]+\d* (?=\d)", " ".join([first, *others]))
+    assert [name.strip() for name in names] == in_order(supernet)
 
 
 def test_a_resumed_stage_replaces_its_lost_epochs_alone(tmp_path):
