@@ -43,8 +43,9 @@ def test_a_line_can_be_read(tmp_path, monkeypatch, capsys):
     with Journal(config(tmp_path, epochs=20), "search", switched_off=lambda: {"reconstruction", "one_hot"}) as journal:
         journal.record(9, losses | figures)
     assert capsys.readouterr().out.splitlines() == [
-        "search 10/20  loss 532.1  classification 1.150  budget <0.001  val top-1 98.33 %",
-        "  val top-5 100.00 %  val loss 123457  expected 13.3 K parameters  candidates 45",
+        "search 10/20  loss 532.1  classification 1.150  budget <0.001",
+        "  val top-1 98.33 %, top-5 100.00 %, loss 123457  expected 13.3 K parameters",
+        "  alive 45",
     ]
     assert entries(tmp_path) == [{"stage": "search", "epoch": 9, **losses, **figures}]
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +19,7 @@ from ofb.engine.terminal import items_in_lines
 from ofb.engine.trackers import TensorBoard, WeightsAndBiases
 from ofb.supernet.targets import UNITS, describe_amount
 
-NAMES = {
-    "one_hot": "one-hot",
-    "macs": "budget",
-    "val_top1": "val top-1",
-    "val_top5": "val top-5",
-    "val_loss": "val loss",
-    "alive": "candidates",
-}
+NAMES = {"one_hot": "one-hot", "macs": "budget", "top1": "top-1", "top5": "top-5"}
 Item = TypeVar("Item")
 Note = Callable[[Mapping[str, float]], None]
 
@@ -141,8 +135,13 @@ class Journal:
         self.bar.show("  ".join(self._items(losses)), "  ".join(self._items(self.status())))
 
     def _items(self, figures: Mapping[str, object]) -> list[str]:
-        off = self.switched_off()
-        return [_item(key, value) for key, value in figures.items() if key not in off]
+        """The figures in words, those of the validation images as one item."""
+        off, items = self.switched_off(), []
+        shown = ((key, value) for key, value in figures.items() if key not in off)
+        for is_val, group in groupby(shown, lambda figure: figure[0].startswith("val_")):
+            words = [_item(key.removeprefix("val_"), value) for key, value in group]
+            items += [f"val {', '.join(words)}"] if is_val else words
+        return items
 
 
 def _item(key: str, value: object) -> str:
@@ -151,7 +150,7 @@ def _item(key: str, value: object) -> str:
     if kind != key and kind in UNITS:
         return f"expected {describe_amount(kind, value)}"
     if isinstance(value, float):
-        value = f"{value:.2f} %" if key.endswith(("top1", "top5")) else _loss(value)
+        value = f"{value:.2f} %" if key in ("top1", "top5") else _loss(value)
     return f"{NAMES.get(key, key)} {value}"
 
 
