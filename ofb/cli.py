@@ -4,13 +4,18 @@ Nothing here imports torch before a command runs: help comes at once.
 """
 
 import dataclasses
+import difflib
 import os
 import signal
 import sys
+import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated, Any, Union
 
+from ofb.arguments import given, help_text
 from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.extras import check_extras, modules_for
 from ofb.engine.options import from_dict, read_options
@@ -26,16 +31,19 @@ from ofb.engine.tool_config import (
 
 USER_ERROR = 2
 SIGNALLED = 128  # and the number of the signal
-COMMANDS: dict[str, type] = {
-    "search": SearchConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "export": ExportConfig,
-    "report": ReportConfig,
-    "profile": ProfileConfig,
-    "doctor": DoctorConfig,
-    "completion": CompletionConfig,
+# In the order in which one comes to them: a network from its training to its use, then the machine.
+GROUPS: dict[str, dict[str, type]] = {
+    "from a dense network to a smaller one": {
+        "train": TrainConfig,
+        "search": SearchConfig,
+        "evaluate": EvaluateConfig,
+        "report": ReportConfig,
+        "profile": ProfileConfig,
+        "export": ExportConfig,
+    },
+    "this machine": {"doctor": DoctorConfig, "completion": CompletionConfig},
 }
+COMMANDS = {name: config for group in GROUPS.values() for name, config in group.items()}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -51,7 +59,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0 if args else USER_ERROR
     try:
         if args[0] not in COMMANDS:
-            raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {args[0]!r}")
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "ofb --help says what each does"
+            raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {args[0]!r}; {hint}")
         return _run(args[0], args[1:])
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,16 +74,19 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug:
             raise
         process = f" (process {_rank()})" if _rank() else ""
-        print(f"ofb{process}: {_in_one_line(error)}", file=sys.stderr)
+        hint = "" if _is_ours(error) else "; add --debug to see where"
+        print(f"ofb{process}: {_in_one_line(error)}{hint}", file=sys.stderr)
         return USER_ERROR
 
 
 def _run(command: str, args: Sequence[str]) -> int:
     """Run a command with its options; its help needs neither torch nor the other processes of a job."""
     check_extras("tyro")
-    if command == "completion" or {"-h", "--help"} & set(args):
-        config = parse(command, args)
-        print_completion(config.shell)
+    if {"-h", "--help"} & set(args):
+        print(help_text(command, COMMANDS[command]), flush=True)
+        return 0
+    if command == "completion":
+        print_completion(parse(command, args).shell)
         return 0
     from ofb import commands  # it takes seconds to import torch and timm
     from ofb.engine.distributed import on_main, process_group, was_restarted
@@ -86,8 +99,15 @@ def _run(command: str, args: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    lines = [f"  {name:11} {cls.__doc__}" for name, cls in COMMANDS.items()]
-    return "\n".join(["usage: ofb COMMAND [OPTIONS]    (ofb COMMAND --help lists the options)", "", *lines])
+    """The commands, as wide as the terminal."""
+    lines = ["usage: ofb COMMAND [OPTIONS]    (ofb COMMAND --help lists the options)"]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name, config_class in group.items():
+            text = " ".join(config_class.__doc__.split())
+            width, indent = get_terminal_size().columns, " " * 14
+            lines += textwrap.wrap(f"  {name:11} {text}", width, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def parse(command: str, args: Sequence[str], restarted: bool = False) -> Any:
@@ -97,29 +117,19 @@ def parse(command: str, args: Sequence[str], restarted: bool = False) -> Any:
     What was `restarted` after a failure is resumed without asking, once there is something to resume.
 
     Raises:
-        SystemExit: an option is wrong, or help was asked for.
-        ValueError: a value is out of range, or there is no such run.
+        ValueError: an option is wrong or out of range, or there is no such run.
     """
-    import tyro
-
     config_class = COMMANDS[command]
-
-    def read(args: Sequence[str], **default: Any) -> Any:
-        settings = (tyro.conf.PositionalRequiredArgs,)
-        return tyro.cli(config_class, args=args, prog=f"ofb {command}", config=settings, **default)
-
-    config = read(args)
-    if isinstance(config, TrainingConfig) and (config.resume or restarted and _has_begun(config)):
-        return dataclasses.replace(read(args, default=_started_with(config)), resume=True)
-    if getattr(config, "config", None) is not None:
-        args = [*_arguments_of_file(config_class, config.config), *args]
-        config = read(args)
-    if getattr(config, "preset", None) is not None:
-        # A preset's data set is refused without a folder, which is given beside it: checked once both are known.
-        options = preset(config.preset) | {"preset": config.preset, "data_dir": config.data_dir or ""}
-        config = read(args, default=config_class(**options))
-        return dataclasses.replace(config, data_dir=config.data_dir or None)
-    return config
+    options = given(command, config_class, args)
+    if issubclass(config_class, TrainingConfig) and "output" in options:
+        if options.get("resume") or restarted and _has_begun(options["output"]):
+            begun = _started_with(config_class, options["output"])
+            return dataclasses.replace(begun, **options | {"resume": True})
+    if options.get("config") is not None:
+        options = given(command, config_class, [*_arguments_of_file(config_class, options["config"]), *args])
+    if options.get("preset") is not None:
+        options = preset(options["preset"]) | options
+    return config_class(**options)
 
 
 def print_completion(shell: str) -> None:
@@ -130,21 +140,21 @@ def print_completion(shell: str) -> None:
     tyro.cli(Union[tuple(commands)], args=["--tyro-print-completion", shell], prog="ofb")  # noqa: UP007
 
 
-def _has_begun(config: TrainingConfig) -> bool:
+def _has_begun(output: str) -> bool:
     from ofb.engine.run_folder import CONFIG_FILE
 
-    return config.output is not None and (Path(config.output) / CONFIG_FILE).is_file()
+    return (Path(output) / CONFIG_FILE).is_file()
 
 
-def _started_with(config: TrainingConfig) -> TrainingConfig:
+def _started_with(config_class: type[TrainingConfig], output: str) -> TrainingConfig:
     """The options that a run to resume was started with."""
     from ofb.engine.run_folder import CONFIG_FILE
 
-    path = Path(config.output) / CONFIG_FILE
+    path = Path(output) / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"resume: expected a run folder with {CONFIG_FILE}, got {config.output}; leave --resume out")
+        raise ValueError(f"resume: expected a run folder with {CONFIG_FILE}, got {output}; leave --resume out")
     try:
-        return from_dict(type(config), read_options("resume", path))
+        return from_dict(config_class, read_options("resume", path))
     except TypeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -173,12 +183,18 @@ def _arguments_of_file(config_class: type, path: str) -> list[str]:
     return arguments
 
 
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised an error: then its message says what to do."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
 def _in_one_line(error: Exception) -> str:
     """What went wrong; without the traceback, if a worker process sent it along."""
     text = str(error)
     if "Traceback (most recent call last)" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    return " ".join(text.split())
+    return " ".join(text.split()).removesuffix(".")
 
 
 def _rank() -> int:

@@ -26,6 +26,7 @@ from ofb.engine.options import from_dict, read_options, to_dict
 from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE, is_empty, locked
 from ofb.engine.search import make_supernet
 from ofb.engine.seeding import seed_everything
+from ofb.engine.terminal import in_lines
 from ofb.engine.tool_config import DoctorConfig, EvaluateConfig, ExportConfig, ProfileConfig, ReportConfig
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
 from ofb.network_latency import latency_note, latency_targets_note
@@ -62,7 +63,7 @@ def run_search(config: SearchConfig) -> None:
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
     is_trained = config.checkpoint is not None or config.pretrained
     if not is_trained:
-        print("note: neither --checkpoint nor --pretrained is given: the search starts from random weights")
+        _tell("neither --checkpoint nor --pretrained is given: the search starts from random weights")
     with _run("search", config):
         teacher, export = _teacher(config, dense, dense if is_trained else None), Path(config.output) / EXPORT_FOLDER
         found = ofb.search_targets(supernet, loaders.train, loaders.val, config, teacher=teacher)
@@ -108,7 +109,8 @@ def run_profile(config: ProfileConfig) -> None:
     else:
         raise ValueError(f"network: expected a run folder or the name of a timm model, got {config.network!r}")
     costs = profile_networks(networks, config.batch_size, device)
-    print(f"{profile_table(costs)}\n{latency_note({name: layers[TOTAL].latency for name, layers in costs.items()})}")
+    note = latency_note({name: layers[TOTAL].latency for name, layers in costs.items()})
+    print(f"{profile_table(costs)}\n{in_lines(note)}")
 
 
 def run_doctor(config: DoctorConfig) -> int:
@@ -186,13 +188,13 @@ def _starting_model(config: TrainingConfig) -> nn.Module:
 
 def _tell(note: str) -> None:
     if note:
-        print(f"note: {note}")
+        print(in_lines(f"note: {note}"))
 
 
 def _loaders(config: TrainingConfig | EvaluateConfig, model: nn.Module) -> Loaders:
     loaders = create_loaders(config, model, pick_device(config))
     for note in loaders.notes:
-        print(f"note: {note}")
+        _tell(note)
     return loaders
 
 
@@ -214,7 +216,7 @@ def _dense_network(run: Path) -> dict[str, nn.Module]:
         config = dataclasses.replace(from_dict(SearchConfig, options), pretrained=False)
         return {"dense": _starting_model(config)}
     except (ValueError, OSError) as error:
-        print(f"note: no dense network to compare with: {' '.join(str(error).split())}")
+        _tell(f"no dense network to compare with: {' '.join(str(error).split())}")
         return {}
 
 

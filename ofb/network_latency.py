@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ofb.engine.data import data_config
+from ofb.engine.terminal import in_lines
 from ofb.supernet.timing import Timing, device_name, time_calls
 
 
@@ -57,7 +58,7 @@ def measure_network_latency(
 
 
 def latency_note(latencies: Mapping[str, NetworkLatency]) -> str:
-    """How the latencies were measured, and, where they are unstable, why and what to do: a line each."""
+    """How the latencies were measured, and in a second line, where they are unstable, why and what to do."""
     first, *_ = latencies.values()
     note = f"latency: {first.on}; median and 20 to 80 % quantiles of {first.rounds} rounds in turns"
     if all(each.stable for each in latencies.values()):
@@ -66,7 +67,7 @@ def latency_note(latencies: Mapping[str, NetworkLatency]) -> str:
     fewer = ", or with OMP_NUM_THREADS=1" if " threads, " in first.on else ""
     return (
         f"{note}\nunstable: quantiles lie up to {spread:.0%} of the median apart, threads waited {waiting:.0%} of the "
-        f"time for a core;\nmeasure again by `ofb profile RUN` when the machine is idle{fewer}"
+        f"time for a core; measure again by `ofb profile RUN` when the machine is idle{fewer}"
     )
 
 
@@ -91,4 +92,4 @@ def latency_targets_note(
                 f"{name}: asked for {limit / table_ms:.0%} of the dense network's latency ({limit:.3g} of "
                 f"{table_ms:.3g} ms in the table), measured {latency.share_of(dense)}"
             )
-    return "\n".join(lines)
+    return in_lines("\n".join(lines))

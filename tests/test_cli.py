@@ -1,7 +1,9 @@
 """The command line as a user meets it: a whole run, and every mistake told in one line."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import torch
 import yaml
 
 import ofb
+from ofb.arguments import MANY, help_text
 from ofb.cli import COMMANDS, main, parse
 from ofb.engine.checkpoint import load_checkpoint
 from ofb.engine.config import SearchConfig
@@ -140,12 +143,15 @@ def test_finished_run_resumes_to_the_same_network(dense_run, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fly", "command: expected one of search, train, evaluate, export, report, profile, doctor, completion, got"),
+        ("fly", "command: expected one of train, search, evaluate, report, profile, export, doctor, completion, got"),
+        ("serch", "got 'serch'; did you mean search?"),
         ("search --target 3%", "target: expected between"),
         ("search --target half", "target: expected MACs such as"),
         ("search --target 50% --freeze head", "freeze: expected a pattern of embed, attn0, mlp0, got 'head'"),
         ("train --model vit_tinny_patch16_224", "model: expected a timm model name, got 'vit_tinny_patch16_224'"),
         ("search --model vit_tiny_patch16_224 --model-kwargs depth=1 attn_drop_rate=0.1", "model: cannot be searched"),
+        ("train --model resnet18", "model: expected a Vision Transformer of timm's ViT, EVA or Swin family, which can"),
+        ("search --target 30", "got 30; did you mean 30%?"),
         ("train --device gpu", "device: expected one of this machine"),
         ("train --resume --output no/such/run", "resume: expected a run folder with config.yaml, got no/such/run"),
         ("search --checkpoint no/such/network", "found no config.json"),
@@ -167,21 +173,55 @@ def test_mistakes_are_told_in_one_line(command, message, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train --epoch 3", "--epochs"),
-        ("train --lr fast", "--lr"),
+        ("search --epohcs 3", "arguments: expected ofb search [OPTIONS], got --epohcs; did you mean --epochs?"),
+        ("search --no-ampp", "got --no-ampp; did you mean --amp?"),
+        ("train --colour red", "got --colour; ofb train --help lists them"),
+        ("train epochs 3", "got epochs; did you mean --epochs?"),
+        ("evaluate one two", "arguments: expected ofb evaluate CHECKPOINT [OPTIONS], got two"),
+        ("search --epochs three", "epochs: expected a whole number, got 'three'"),
+        ("train --lr fast", "lr: expected a number, got 'fast'"),
+        ("search --residual-mask all", "residual_mask: expected one of stream, input, got 'all'"),
+        ("completion fish", "shell: expected one of bash, zsh, tcsh, got 'fish'"),
+        ("train --epochs", "epochs: expected a value, got none"),
+        ("train --amp=yes", "amp: expected no value, got 'yes'"),
         ("train --epochs 0", "epochs: expected at least 1, got 0"),
         ("train --opt adamm", "opt: expected a timm optimizer, got 'adamm'; did you mean adam"),
         ("train --data imagenet", "data: expected `digits`, a timm data set with a prefix"),
         ("train --resume", "resume: expected the run folder as well; add --output FOLDER"),
-        ("evaluate", "A run folder, or its export folder"),
+        ("evaluate", "checkpoint: expected a run folder, or its export folder, got none; ofb evaluate CHECKPOINT"),
     ],
 )
 def test_wrong_options(command, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(command)
-    assert stop.value.code == 2
-    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in error and "Traceback" not in error
+    assert run(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ofb: ") and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_options_as_they_may_be_written():
+    config = parse("search", "--batch_size 32 --lr=1e-3 --freeze embed mlp0 --no-model-ema --distillation None".split())
+    assert (config.batch_size, config.lr, config.freeze, config.model_ema) == (32, 1e-3, ("embed", "mlp0"), False)
+    assert config.distillation is None
+    assert parse("evaluate", ["--split", "val", "runs/x"]).checkpoint == "runs/x"
+    assert parse("train", ["--lr", "None", "--model-kwargs"]).model_kwargs == ()
+    with pytest.raises(ValueError, match="lr: expected a positive number, got -1.0"):
+        parse("train", ["--lr", "-1"])
+
+
+def test_an_error_of_others_names_debug(monkeypatch, capsys):
+    """What this package did not raise may need a traceback to be understood."""
+    assert run("export no/such/network") == 2
+    assert "--debug" not in capsys.readouterr().err
+    monkeypatch.setattr(ofb, "load", lambda path: subprocess.check_output(["no-such-program"]))
+    assert run("export no/such/network") == 2
+    error = capsys.readouterr().err
+    assert error.endswith("; add --debug to see where\n") and error.count("\n") == 1
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(ofb, "load", lambda path: {}["missing"])
+    with pytest.raises(KeyError):
+        run("export no/such/network")
 
 
 def test_debug_shows_the_traceback():
@@ -280,10 +320,35 @@ def test_a_reader_that_stops_early_is_no_mistake():
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []])
-def test_usage(arguments, capsys):
+def test_usage(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(arguments) == (0 if arguments else 2)
     shown = capsys.readouterr().out
-    assert all(f"\n  {command} " in shown for command in COMMANDS)
+    order = [line.split()[0] for line in shown.splitlines() if re.match(r"  \w", line)]
+    assert order == ["train", "search", "evaluate", "report", "profile", "export", "doctor", "completion"]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_option_in_its_group(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(f"{command} --help") == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if re.match("  (-|[A-Z])", line)]
+    names = [re.match(r"  (?:--)?([\w-]+)", line)[1].replace("-", "_").lower() for line in lines]
+    fields = [field.name for field in dataclasses.fields(COMMANDS[command])]
+    assert sorted(names) == sorted([*fields, "debug", "_h"]) and max(map(len, shown.splitlines())) <= 80
+    if len(fields) >= MANY:
+        groups = dict(re.findall(r"^([a-z :-]+):\n((?:  .*\n)+)", shown, re.MULTILINE))
+        assert re.findall("^  (-+[a-z]+)", groups["options"], re.MULTILINE) == ["--debug", "-h"], "the rest has groups"
+        assert "  --mixup " in groups.get("augmentation", "  --mixup ") and "  --data-dir " in groups["data"]
+
+
+def test_help_says_what_an_option_is_and_its_default():
+    shown = " ".join(help_text("train", COMMANDS["train"]).split())
+    assert "--epochs INT Length of the training. (default: 300)" in shown, "text of the parent, default of its own"
+    assert "--layer-decay FLOAT Learning rate of each layer as a share of the next one's." in shown
+    assert "--layer-decay FLOAT In fine-tuning" in " ".join(help_text("search", COMMANDS["search"]).split())
 
 
 def test_interrupt_leaves_a_run_to_resume(tmp_path):

@@ -3,17 +3,21 @@
 import dataclasses
 import io
 import json
+import random
 import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+import ofb
 from ofb.engine.config import TrainConfig
-from ofb.engine.data import DIGITS_PARTS, Digits, RepeatedAugmentation, create_loaders, create_model
+from ofb.engine.data import DIGITS_PARTS, Digits, RepeatedAugmentation, _check_kind, create_loaders, create_model
 from ofb.engine.seeding import seed_everything
 from ofb.engine.tool_config import EvaluateConfig
+from ofb.supernet.families import EXAMPLES
 
 CPU = torch.device("cpu")
 DIGITS_MODEL = {"model": "vit_tiny_patch16_224", "model_kwargs": ("embed_dim=16", "depth=1", "num_heads=2")}
@@ -101,6 +105,7 @@ def test_image_folder(image_folder):
     ("options", "message"),
     [
         ({"model": "vit_tinny_patch16_224"}, "expected a timm model name, got 'vit_tinny_patch16_224'; did you mean"),
+        ({"model": "resnet18"}, r"Swin family, .* got resnet18 \(ResNet\); take for example deit_small_patch16_224, "),
         ({"model_kwargs": ("colour=3",)}, "cannot be made with"),
         (
             {"data": "", "data_dir": "/no/such/folder"},
@@ -111,6 +116,20 @@ def test_image_folder(image_folder):
 def test_bad_model_or_data(options, message):
     with pytest.raises(ValueError, match=message):
         create_model(TrainConfig(**(DIGITS_MODEL | options)))
+
+
+def test_models_to_take_instead_can_be_searched():
+    with torch.device("meta"):
+        assert all(ofb.supports(timm.create_model(name)) for name in EXAMPLES)
+
+
+def test_looking_at_the_kind_of_a_model_draws_nothing():
+    """Its weights are those that the seed gave before there was such a look."""
+    seed_everything(0, "model", 0)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    _check_kind("vit_tiny_patch16_224")
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
 def test_model_and_digits_must_fit():

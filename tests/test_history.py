@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ofb
-from ofb.engine.history import History, describe_pruned
-from tests.common import tiny_vit
+from ofb.engine.history import History, describe_pruned, in_order
+from tests.common import tiny_swin, tiny_vit
 
 
 @pytest.fixture
@@ -90,4 +90,26 @@ def test_pruning_in_words():
         {"submodule": "attn1", "from": [4, 24], "to": [4, 24], "alive": 9},
         {"submodule": "mlp0", "from": [1, 288], "to": [1, 192], "alive": 1},
     ]
-    assert describe_pruned(events) == "mlp0 384 → 192 (1 left), attn1 4×24 (9 left)"
+    pruned = ["attn1 4×24 (9 left)", "mlp0 384 → 192 (1 left)"]
+    assert describe_pruned(events, ("embed", "attn1", "mlp0")) == pruned
+
+
+def test_submodules_in_the_order_of_the_network(supernet):
+    assert in_order(supernet) == ["embed", "attn0", "mlp0", "attn1", "mlp1"]
+    names = in_order(ofb.Supernet(tiny_swin(), epochs=2, steps_per_epoch=4))
+    blocks = ["attn0", "mlp0", "attn1", "mlp1"], ["attn2", "mlp2", "attn3", "mlp3"]
+    assert names == ["embed0", *blocks[0], "embed1", *blocks[1]]
+    with_tokens = ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4, space=ofb.SearchSpace(tokens=True))
+    assert sorted(in_order(with_tokens)) == sorted(with_tokens.bimasks)
+
+
+def test_losses_that_are_switched_off():
+    supernet = ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4, one_hot_delay=0.5)
+    history = History(supernet)
+    assert history.switched_off() == {"one_hot", "reconstruction"}
+    supernet.steps = 4  # the last step was the one before it sets in
+    assert history.switched_off() == {"one_hot", "reconstruction"}
+    supernet.steps = 5
+    assert history.switched_off() == {"reconstruction"}
+    options = {"one_hot_delay": 0.0, "mask_ratio_end": 0.5, "macs_weight": 0.0}
+    assert History(ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4, **options)).switched_off() == {"macs"}

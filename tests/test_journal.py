@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import time
 
@@ -12,7 +13,7 @@ from rich.console import Console
 import ofb
 from ofb.engine.bar import StageBar
 from ofb.engine.config import TrainConfig
-from ofb.engine.history import History
+from ofb.engine.history import History, in_order
 from ofb.engine.journal import Journal
 from tests.common import tiny_vit
 
@@ -28,10 +29,40 @@ def entries(folder, name="metrics.jsonl"):
 def test_entries_and_lines(tmp_path, capsys):
     with Journal(config(tmp_path, epochs=2), "search") as journal:
         journal.record(0, {"loss": 1.23456, "expected_macs": 3.84e6, "alive_candidates": {"embed": 2}})
-    assert capsys.readouterr().out == "search 1/2  loss 1.235  expected_macs 3.84M\n"
+    assert capsys.readouterr().out == "search 1/2  loss 1.235  expected 3.84 M MACs\n"
     assert entries(tmp_path) == [
         {"stage": "search", "epoch": 0, "loss": 1.23456, "expected_macs": 3.84e6, "alive_candidates": {"embed": 2}}
     ]
+
+
+def test_a_line_can_be_read(tmp_path, monkeypatch, capsys):
+    """Losses that are off are left out, those that are tiny or huge need no exponent; the file has everything."""
+    monkeypatch.setenv("COLUMNS", "80")
+    losses = {"loss": 532.06, "classification": 1.15, "one_hot": 1e-9, "macs": 5.8e-6, "reconstruction": 0.0}
+    figures = {"val_top1": 98.333, "val_top5": 100.0, "val_loss": 123456.7, "expected_params": 13300.0, "alive": 45}
+    with Journal(config(tmp_path, epochs=20), "search", switched_off=lambda: {"reconstruction", "one_hot"}) as journal:
+        journal.record(9, losses | figures)
+    assert capsys.readouterr().out.splitlines() == [
+        "search 10/20  loss 532.1  classification 1.150  budget <0.001",
+        "  val top-1 98.33 %, top-5 100.00 %, loss 123457  expected 13.3 K parameters",
+        "  alive 45",
+    ]
+    assert entries(tmp_path) == [{"stage": "search", "epoch": 9, **losses, **figures}]
+
+
+def test_what_was_pruned_breaks_between_items(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    supernet = ofb.Supernet(tiny_vit(depth=4), epochs=1, steps_per_epoch=1)
+    history = History(supernet)
+    supernet.step()
+    history.stepped()
+    with Journal(config(None), "search") as journal:
+        journal.record_history(0, history)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("  pruned: embed 32") and others and max(map(len, [first, *others])) <= 80
+    assert all(line.startswith("    ") and line.endswith(("left),", "left)")) for line in others)
+    names = re.findall(r"[a-z]+\d* (?=\d)", " ".join([first, *others]))
+    assert [name.strip() for name in names] == in_order(supernet)
 
 
 def test_a_resumed_stage_replaces_its_lost_epochs_alone(tmp_path):
@@ -82,7 +113,7 @@ def test_bar_shows_rate_time_left_losses_and_status(monkeypatch):
         note({"loss": 0.5, "one_hot": 2.25})
         journal.bar.refresh()
         shown = console.file.getvalue()
-    for words in ("search 2/3", "4/4", "8/12", "steps/s", "loss 0.5  one_hot 2.25", *status, *status.values()):
+    for words in ("search 2/3", "4/4", "8/12", "steps/s", "loss 0.5000  one-hot 2.250", *status, *status.values()):
         assert words in shown, words
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ofb
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import create_loaders, create_model
+from ofb.engine.history import in_order
 from ofb.engine.search import describe_choices, describe_costs, describe_reach, make_supernet
 from ofb.engine.seeding import seed_everything
 from ofb.supernet.families import count_macs
@@ -77,14 +78,37 @@ def test_search_without_a_run_folder_or_fine_tuning(loaders):
     assert 0.98 * supernet.target_macs <= count_macs(model) <= supernet.target_macs
 
 
+def test_a_search_that_ends_early_says_why(loaders, tmp_path, capsys):
+    """Two candidates of one submodule are left to choose from: the first pruning event decides."""
+    like = fresh_supernet(SearchConfig(**OPTIONS))
+    sizes = {name: bimask.candidates.full for name, bimask in like.bimasks.items()}
+    target = str(like.macs.total(sizes | {"mlp1": (1, 64)}))
+    space = {"freeze": ("embed", "attn*", "mlp0"), "candidates": ("mlp1=64,128",)}
+    options = OPTIONS | {"finetune_epochs": 0, "prune_threshold": 0.99, "macs_weight": 1e5} | space
+    config = SearchConfig(**options, target=target, output=str(tmp_path))
+    ofb.search(fresh_supernet(config), *loaders, config)
+    epochs = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+    shown = capsys.readouterr().out
+    assert epochs < 4 and f"\nall sizes are final in epoch {epochs} of 4: the search is over\nsizes: " in shown
+
+
+def test_a_search_of_full_length_says_nothing_of_its_end(loaders, capsys):
+    config = SearchConfig(**OPTIONS | {"finetune_epochs": 0, "epochs": 1, "settling": 0.0})
+    ofb.search(fresh_supernet(config), *loaders, dataclasses.replace(config))
+    assert "the search is over" not in capsys.readouterr().out
+
+
 THREE_TARGETS = OPTIONS | {"epochs": 6, "targets": "60%, 40%, 25%"}
 
 
-def test_one_search_passes_several_targets(loaders):
+def test_one_search_passes_several_targets(loaders, capsys):
     config = SearchConfig(**THREE_TARGETS | {"finetune_epochs": 1})
     supernet = fresh_supernet(config)
     networks = ofb.search_targets(supernet, *loaders, config)
     assert list(networks) == ["60%", "40%", "25%"]
+    shown = capsys.readouterr().out
+    for passed, epoch, following in (("60%", 2, "40%"), ("40%", 4, "25%")):
+        assert f"{passed}: its network is taken after epoch {epoch}; on to {following}\n" in shown
     for target, network in networks.items():
         share = float(target.rstrip("%")) / 100
         assert 0.98 * share <= count_macs(network) / supernet.dense_macs <= share
@@ -209,7 +233,8 @@ def test_reach_and_choices_in_words():
     assert costs.startswith("found: ") and "MACs (9" in costs or "MACs (100" in costs
     supernet.finalize()
     words = describe_choices(supernet)
-    assert all(name in words for name in supernet.bimasks)
+    places = [words.index(f" {name} ") for name in in_order(supernet)]
+    assert places == sorted(places) and words.startswith("sizes: embed ")
     assert f"{len(supernet.bimasks)} of {len(supernet.bimasks)} were still open at the end" in words
 
 

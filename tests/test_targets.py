@@ -22,6 +22,12 @@ DENSE = {"macs": 4_000_000_000, "params": 20_000_000, "latency_ms": 8.0}
         ("latency_ms=50%", {"latency_ms": 4.0}),
         ({"macs": "50%", "params": "40%"}, {"macs": 2_000_000_000, "params": 8_000_000}),
         ("macs=50%, params=40%", {"macs": 2_000_000_000, "params": 8_000_000}),
+        ("0.5", {"macs": 2_000_000_000}),
+        (0.5, {"macs": 2_000_000_000}),
+        (1, {"macs": 4_000_000_000}),
+        ("macs=0.5,params=0.4", {"macs": 2_000_000_000, "params": 8_000_000}),
+        ({"latency_ms": 0.5}, {"latency_ms": 0.5}),
+        ("1000", {"macs": 1000}),
     ],
 )
 def test_parse_target(target, expected):
@@ -32,6 +38,10 @@ def test_parse_target(target, expected):
     ("target", "message"),
     [
         *((text, "target: expected MACs such as") for text in ("half", "", "-5%", "0", "1.1T", None, "nan", "50%,30%")),
+        ("30", r"target: expected MACs such as .* or a number from 1,000 on, got 30; did you mean 30%\?"),
+        (1.1, r"got 1.1; did you mean 1.1%\?"),
+        ("params=40", r"target: expected parameters .* got 40; did you mean 40%\?"),
+        (300, r"got 300; did you mean 300M\?"),
         ({"params": "-1"}, "target: expected parameters such as"),
         ({"latency_ms": "5G"}, "target: expected ms such as"),
         ({}, "target: expected at least one of macs, params, latency_ms, got an empty mapping; name a cost"),

@@ -304,8 +304,8 @@ class SearchConfig(TrainingConfig):
     weight_decay: float = 1e-3
 
     target: str = "50%"
-    """Cost of the network to find: a share of the dense MACs (50%) or MACs (1.1G); or one or several budgets to keep
-    within, such as params=5M, latency_ms=2.5 or macs=50%,params=40%."""
+    """Cost of the network to find: a share of the dense MACs (50% or 0.5) or MACs (1.1G); or one or several budgets to
+    keep within, such as params=5M, latency_ms=2.5 or macs=50%,params=40%."""
 
     targets: str | None = None
     """Several costs instead of --target, the largest first, such as 50%,30%,15%: one search passes them one after the

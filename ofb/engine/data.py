@@ -23,7 +23,7 @@ from ofb.engine.datasets import has_training_images, open_parts, open_split, wit
 from ofb.engine.readable import ReadableImages
 from ofb.engine.shards import loader_batch_size
 from ofb.engine.splits import class_indices, count_classes, shown
-from ofb.supernet.families import family_of
+from ofb.supernet.families import EXAMPLES, KINDS, family_of
 
 # Mean and standard deviation of the training digits' pixels, 0 to 1.
 DIGITS_CFG = {"input_size": (1, 8, 8), "mean": (0.305,), "std": (0.377,), "crop_pct": 1.0, "num_classes": 10}
@@ -94,6 +94,7 @@ def create_model(config: TrainingConfig) -> nn.Module:
         close = difflib.get_close_matches(config.model, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them"
         raise ValueError(f"model: expected a timm model name, got {config.model!r}{hint}")
+    _check_kind(config.model)
     options = _options_of_data(config) | config.model_options()
     try:
         model = timm.create_model(config.model, pretrained=config.pretrained, **options)
@@ -101,6 +102,20 @@ def create_model(config: TrainingConfig) -> nn.Module:
         raise ValueError(f"model: {config.model} cannot be made with {options}: {error}") from error
     family_of(model)
     return model
+
+
+def _check_kind(name: str) -> None:
+    """Raise ValueError where a timm model is of no family that this package knows; nothing is loaded for that."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            kind = type(timm.create_model(name))
+    except RuntimeError:  # made with tensors that hold something; `create_model` sees what it is
+        return
+    if not issubclass(kind, KINDS):
+        raise ValueError(
+            f"model: expected a Vision Transformer of timm's ViT, EVA or Swin family, which can be searched, got "
+            f"{name} ({kind.__name__}); take for example {', '.join(EXAMPLES)}"
+        )
 
 
 def create_teacher(config: TrainingConfig, model: nn.Module) -> nn.Module:

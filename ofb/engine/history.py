@@ -1,6 +1,6 @@
 """What a search does to its supernet, epoch by epoch: what `ofb report` draws and TensorBoard shows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,19 @@ class History:
         }
         figures["candidates alive"] = str(sum(alive for _, alive in self.left.values()))
         if self.latest:
-            figures[f"pruned at step {self.latest[0]['step']}"] = describe_pruned(self.latest)
+            pruned = describe_pruned(self.latest, in_order(self.supernet))
+            figures[f"pruned at step {self.latest[0]['step']}"] = ", ".join(pruned)
         return figures
+
+    def switched_off(self) -> set[str]:
+        """The losses that counted nothing in the last step."""
+        supernet, last_step = self.supernet, max(0, self.supernet.steps - 1)
+        weights = {
+            "one_hot": supernet.one_hot_weight * supernet.course.sharpens(last_step),
+            "macs": supernet.macs_weight,
+            "reconstruction": supernet.masked_images is not None,
+        }
+        return {name for name, weight in weights.items() if not weight}
 
     def _remember(self) -> None:
         bimasks = self.supernet.bimasks
@@ -126,12 +137,18 @@ class History:
         self.revision = self.supernet.revision
 
 
-def describe_pruned(events: Iterable[dict[str, Any]]) -> str:
+def in_order(supernet: Supernet) -> list[str]:
+    """The submodules as images pass through them, each residual width before its blocks."""
+    passed = [name for width, inside in supernet.macs.stages().items() for name in (width, *inside)]
+    return [*passed, *(name for name in supernet.bimasks if name not in passed)]
+
+
+def describe_pruned(events: Iterable[dict[str, Any]], order: Sequence[str]) -> list[str]:
     """Pruning events in words, those of a submodule as one: mlp0 384 → 288 (5 left), attn1 4×24 (2 left)."""
     merged: dict[str, dict[str, Any]] = {}
     for event in events:
         merged[event["submodule"]] = event | {"from": merged.get(event["submodule"], event)["from"]}
-    return ", ".join(_event(each) for each in merged.values())
+    return [_event(merged[name]) for name in order if name in merged]
 
 
 def describe_size(name: str, size: Size | list[int]) -> str:

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,13 @@ from torch import Tensor
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import TrainingConfig
 from ofb.engine.distributed import is_main
-from ofb.engine.history import History, describe_pruned
+from ofb.engine.history import History, describe_pruned, in_order
 from ofb.engine.run_folder import HISTORY_FILE, METRICS_FILE
+from ofb.engine.terminal import items_in_lines
 from ofb.engine.trackers import TensorBoard, WeightsAndBiases
+from ofb.supernet.targets import UNITS, describe_amount
 
+NAMES = {"one_hot": "one-hot", "macs": "budget", "top1": "top-1", "top5": "top-5"}
 Item = TypeVar("Item")
 Note = Callable[[Mapping[str, float]], None]
 
@@ -49,6 +53,7 @@ class Journal:
         stage: "train", "search" or "finetune".
         start_epoch: the epoch the stage starts or resumes at.
         status: gives figures to show below the bar beside the losses; called now and then while someone watches.
+        switched_off: gives the names of losses that count nothing at present, and are not shown.
 
     Raises:
         ValueError: Weights & Biases does not start.
@@ -60,8 +65,10 @@ class Journal:
         stage: str,
         start_epoch: int = 0,
         status: Callable[[], Mapping[str, object]] = dict,
+        switched_off: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        self.stage, self.epochs, self.epoch, self.status = stage, config.epochs, start_epoch, status
+        self.stage, self.epochs, self.epoch = stage, config.epochs, start_epoch
+        self.status, self.switched_off = status, switched_off
         folder = Path(config.output) if config.output is not None and is_main() else None
         self.metrics = Entries(folder and folder / METRICS_FILE, stage)
         self.history = Entries(folder and folder / HISTORY_FILE, stage)
@@ -77,7 +84,7 @@ class Journal:
     def record(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Print and write the metrics of a finished epoch (counted from 0)."""
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        print(f"{self.stage} {epoch + 1}/{self.epochs}  {_line(numbers)}", flush=True)
+        print(items_in_lines(f"{self.stage} {epoch + 1}/{self.epochs}  ", self._items(numbers)), flush=True)
         self.metrics.add(epoch, metrics)
         self.epoch, self.numbers = epoch + 1, numbers
         for tracker in self.trackers:
@@ -88,7 +95,8 @@ class Journal:
         looks = history.looks()
         entry = history.entry(looks)
         if entry["pruned"]:
-            print(f"  pruned: {describe_pruned(entry['pruned'])}", flush=True)
+            pruned = describe_pruned(entry["pruned"], in_order(history.supernet))
+            print(items_in_lines("  pruned: ", pruned, ", ", indent=" " * 4), flush=True)
         self.history.add(epoch, entry)
         for tracker in self.trackers if epoch >= 0 else ():
             tracker.looks(epoch, looks)
@@ -124,17 +132,30 @@ class Journal:
         return self.bar.track_steps(batches), self._show
 
     def _show(self, losses: Mapping[str, float]) -> None:
-        self.bar.show(_line(losses), _line(self.status()))
+        self.bar.show("  ".join(self._items(losses)), "  ".join(self._items(self.status())))
+
+    def _items(self, figures: Mapping[str, object]) -> list[str]:
+        """The figures in words, those of the validation images as one item."""
+        off, items = self.switched_off(), []
+        shown = ((key, value) for key, value in figures.items() if key not in off)
+        for is_val, group in groupby(shown, lambda figure: figure[0].startswith("val_")):
+            words = [_item(key.removeprefix("val_"), value) for key, value in group]
+            items += [f"val {', '.join(words)}"] if is_val else words
+        return items
 
 
-def _line(figures: Mapping[str, object]) -> str:
-    return "  ".join(
-        f"{key} {_short(value) if isinstance(value, float | int) else value}" for key, value in figures.items()
-    )
+def _item(key: str, value: object) -> str:
+    """A figure with its name, in digits that suit it."""
+    kind = key.removeprefix("expected_")
+    if kind != key and kind in UNITS:
+        return f"expected {describe_amount(kind, value)}"
+    if isinstance(value, float):
+        value = f"{value:.2f} %" if key in ("top1", "top5") else _loss(value)
+    return f"{NAMES.get(key, key)} {value}"
 
 
-def _short(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
+def _loss(value: float) -> str:
+    """Four digits, never an exponent."""
+    if 0 < abs(value) < 1e-3:
+        return "<0.001"
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:#.4g}".rstrip(".")

@@ -14,7 +14,7 @@ from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig
 from ofb.engine.device import autocast, determinism, pick_device
 from ofb.engine.distributed import average_gradients, check_alike, on_main, rank, start_alike
-from ofb.engine.history import History
+from ofb.engine.history import History, in_order
 from ofb.engine.journal import Journal
 from ofb.engine.optimization import Optimization, make_optimizer
 from ofb.engine.reconstruction import images_to_rebuild, record_reconstruction
@@ -22,6 +22,7 @@ from ofb.engine.run_folder import FOUND_FILE, IMPORTANCE_FILE, LATENCY_FILE, loc
 from ofb.engine.seeding import seed_everything
 from ofb.engine.shards import Loader, shard
 from ofb.engine.stage import Stage, through_setbacks
+from ofb.engine.terminal import in_lines, items_in_lines
 from ofb.engine.train import evaluate, run_epoch, set_drop_path, teaching, train
 from ofb.engine.untrusted import parse_json
 from ofb.supernet import LatencyTable, Supernet, measure_latency
@@ -168,19 +169,25 @@ def describe_costs(supernet: Supernet, found: nn.Module, limits: Limits) -> str:
         f"{describe_amount(kind, cost)} ({cost / limits[kind]:.1%} of the target){_measured_on(supernet, kind)}"
         for kind, cost in costs.items()
     )
-    return f"found: {'   '.join(shown)}"
+    return in_lines(items_in_lines("found: ", shown, "   "))
 
 
 def describe_choices(supernet: Supernet) -> str:
     """The sizes found, and which of them the search left open until its end."""
-    sizes = "  ".join(f"{choice['submodule']} {_size(choice['size'])}" for choice in supernet.choices)
+    choices = {choice["submodule"]: choice for choice in supernet.choices}
+    named = (f"{name} {_size(choices[name]['size'])}" for name in in_order(supernet) if name in choices)
+    sizes = items_in_lines("sizes: ", named)
     chosen = [choice for choice in supernet.choices if choice["how"] == "chosen"]
     if not chosen:
-        return f"sizes: {sizes}\nall of them were settled by pruning"
+        return f"{sizes}\nall of them were settled by pruning"
     least = min(choice["probability"] for choice in chosen)
     return (
-        f"sizes: {sizes}\n{len(chosen)} of {len(supernet.choices)} were still open at the end and chosen to meet the "
-        f"target (least probability {least:.2f})"
+        sizes
+        + "\n"
+        + in_lines(
+            f"{len(chosen)} of {len(supernet.choices)} were still open at the end and chosen to meet the target (least "
+            f"probability {least:.2f})"
+        )
     )
 
 
@@ -294,12 +301,16 @@ def _train_supernet(
         if len(supernet.targets) * (epoch + 1) >= config.epochs * (len(found) + 1) and not supernet.finished:
             found.append(supernet.extract())
             supernet.next_target()
+            passed, following, *_ = config.all_targets()[len(found) - 1 :]
+            print(f"{passed}: its network is taken after epoch {epoch + 1}; on to {following}", flush=True)
 
-    with Journal(config, "search", stage.epoch, history.status) as journal:
+    with Journal(config, "search", stage.epoch, history.status, history.switched_off) as journal:
         if not stage.resumed:
             journal.record_history(-1, history)
         pictured = images_to_rebuild(supernet, val_loader)
         stage.run(an_epoch, finished=lambda: supernet.finished)
+        if stage.epoch < config.epochs:
+            print(f"all sizes are final in epoch {stage.epoch} of {config.epochs}: the search is over", flush=True)
     return [*found, supernet.extract()]
 
 
@@ -367,11 +378,8 @@ def _report_importance(supernet: Supernet, val_loader: Loader, config: SearchCon
     sampled = leave_one_out(supernet, images[:IMPORTANCE_IMAGES].to(device), targets[:IMPORTANCE_IMAGES].to(device))
     correlations = {name: rank_correlation(*pair) for name, pair in sampled.items()}
     mean = sum(correlations.values()) / max(1, len(correlations))
-    print(
-        f"importance against the loss without a unit: rank correlation {mean:.2f} "
-        f"(mean of {len(correlations)} submodules)",
-        flush=True,
-    )
+    told = f"rank correlation {mean:.2f} (mean of {len(correlations)} submodules)"
+    print(in_lines(f"importance against the loss without a unit: {told}"), flush=True)
     if config.output is not None:
         entries = {
             name: {"importance": importance, "loss_change": change, "rank_correlation": correlations[name]}

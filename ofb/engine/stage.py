@@ -24,6 +24,7 @@ from ofb.engine.provenance import code_versions
 from ofb.engine.run_folder import CHECKPOINT_FOLDER
 from ofb.engine.seeding import seed_everything
 from ofb.engine.signals import Stopped, StopRequests
+from ofb.engine.terminal import in_lines
 
 SETBACKS = 3  # of a stage; each halves the learning rate
 # Options that may change when a run is resumed; the last one changes rounding and what is drawn at random.
@@ -188,7 +189,7 @@ def through_setbacks(attempt: Callable[[TrainingConfig, int], Result], config: T
             advice = f"lower the learning rate (--lr, --finetune-lr) or clip the gradient (--clip-grad 1): {error}"
             if config.output is None or setbacks == SETBACKS:
                 raise FloatingPointError(f"{'still ' if setbacks else ''}diverged; {advice}") from None
-            print(f"setback {setbacks + 1} of {SETBACKS}: {error}", flush=True)
+            print(in_lines(f"setback {setbacks + 1} of {SETBACKS}: {error}"), flush=True)
             print(f"going on from the last checkpoint, with {0.5 ** (setbacks + 1):g} of the learning rate", flush=True)
             config = replace(config, resume=True)
     raise AssertionError("unreachable")

@@ -1,12 +1,14 @@
 """Networks side by side: accuracy, costs and latency."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from shutil import get_terminal_size
 from typing import Any
 
 import torch
 from torch import nn
 
+from ofb.engine.terminal import in_lines
 from ofb.export import count_params
 from ofb.network_latency import NetworkLatency, latency_note, measure_network_latency
 from ofb.supernet.cost import readable
@@ -47,6 +49,17 @@ def comparison_table(networks: Mapping[str, Mapping[str, Any]]) -> str:
         shares = (f"{readable(network[key])} ({network[key] / first[key]:.0%})" for key in ("macs", "params"))
         latency = latencies[name].beside(next(iter(latencies.values())))
         rows.append((name, f"{network['top1']:.2f}", *shares, latency, latencies[name].quantiles))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*(line.rstrip() for line in lines), latency_note(latencies)])
+    return "\n".join([*_table(rows), in_lines(latency_note(latencies))])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; where the terminal is too narrow, columns go on below, beside the first one again."""
+    first, *others = ([cell.rjust(max(map(len, column))) for cell in column] for column in zip(*rows, strict=True))
+    parts = [first]
+    for column in others:
+        beside = [f"{line}  {cell}" for line, cell in zip(parts[-1], column, strict=True)]
+        if len(beside[0]) <= get_terminal_size().columns or parts[-1] is first:
+            parts[-1] = beside
+        else:
+            parts.append([f"{name}  {cell}" for name, cell in zip(first, column, strict=True)])
+    return [line.rstrip() for part in parts for line in part]

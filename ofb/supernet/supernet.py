@@ -43,8 +43,8 @@ class Supernet(nn.Module):
 
     Args:
         model: a timm model that `ofb.supports`; taken over, not copied.
-        target: cost of the network to find: "50%" of the dense MACs, "1.1G" or a number of them; {"params": "5M"}; or
-            {"latency_ms": 2.5}; or several budgets to keep within, {"macs": "50%", "params": "40%"}.
+        target: cost of the network to find: "50%" or 0.5 of the dense MACs, "1.1G" or a number of them; or
+            {"params": "5M"}, {"latency_ms": 2.5}; or several budgets to keep within, {"macs": "50%", "params": "40%"}.
         later_targets: ever smaller ones, of the same kinds of cost, that the search goes on to, each with
             `next_target()`.
         space: what you want of the candidate sizes; the defaults of `SearchSpace` if None.

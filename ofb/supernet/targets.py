@@ -7,8 +7,9 @@ from ofb.supernet.cost import readable
 Target = str | float | Mapping[str, str | float]
 Limits = Mapping[str, float]  # most of each kind of cost
 
+LEAST = 1000  # MACs, or parameters: an amount below cannot be meant
 UNITS = {"macs": "MACs", "params": "parameters", "latency_ms": "ms"}
-EXAMPLES = {"macs": '"50%", "1.1G", "300M"', "params": '"40%", "5M"', "latency_ms": '"60%", "2.5"'}
+EXAMPLES = {"macs": '"50%", "0.5", "1.1G", "300M"', "params": '"40%", "0.4", "5M"', "latency_ms": '"60%", "2.5"'}
 
 
 def amounts(target: Target) -> dict[str, str | float]:
@@ -40,6 +41,8 @@ def amounts(target: Target) -> dict[str, str | float]:
 def parse_target(target: Target, dense: Mapping[str, float]) -> dict[str, float]:
     """Limit of each kind of cost: "50%" is a share of the dense network's, "1.1G" or "300M" or a number is an amount.
 
+    Of MACs and parameters, a number up to 1 is a share as well; of milliseconds it is an amount.
+
     Args:
         target: as `amounts` takes it.
         dense: costs of the dense network.
@@ -61,16 +64,26 @@ def describe_limits(limits: Limits) -> str:
 
 
 def _limit(kind: str, amount: str | float, dense: float) -> float:
-    factors = {"%": dense / 100}
-    if kind != "latency_ms":
-        factors |= {"G": 1e9, "M": 1e6, "K": 1e3}
+    is_counted = kind != "latency_ms"
+    factors = {"%": dense / 100} | ({"G": 1e9, "M": 1e6, "K": 1e3} if is_counted else {})
     try:
         text = str(amount).strip()
-        value = float(text[:-1]) * factors[text[-1]] if text[-1:] in factors else float(text)
+        factor = factors.get(text[-1:])
+        value = float(text if factor is None else text[:-1])
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
         raise ValueError(
             f"target: expected {UNITS[kind]} such as {EXAMPLES[kind]} or a positive number, got {amount!r}"
         )
-    return value if kind == "latency_ms" else round(value)
+    if factor is not None:
+        return value * factor if not is_counted else round(value * factor)
+    if is_counted and value <= 1:
+        return round(value * dense)
+    if is_counted and value < LEAST:
+        meant = f"{text}%" if value <= 100 else f"{text}M"
+        raise ValueError(
+            f"target: expected {UNITS[kind]} such as {EXAMPLES[kind]} or a number from {LEAST:,} on, got {amount}; did "
+            f"you mean {meant}?"
+        )
+    return round(value) if is_counted else value

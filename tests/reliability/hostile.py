@@ -234,12 +234,8 @@ class Trial:
         """A command says in one line what is wrong, or works."""
 
         def attempt() -> str:
-            code = 0
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-                try:
-                    code = cli.main(args)
-                except SystemExit as end:  # the parser of the command line has a form of its own
-                    return REFUSED if end.code == 2 else f"exit {end.code}"
+                code = cli.main(args)
             lines = [line for line in errors.getvalue().splitlines() if line.startswith("ofb:")]
             if code == 0:
                 return VALID

@@ -5,10 +5,13 @@ from types import ModuleType
 
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ofb.supernet.families import eva, swin, vit
 
+KINDS = (VisionTransformer, Eva, SwinTransformer)
+EXAMPLES = ("deit_small_patch16_224", "vit_small_patch16_dinov3", "swin_tiny_patch4_window7_224")
 FAMILIES = {vit.NAME: vit, eva.NAME: eva, swin.NAME: swin}
 
 
