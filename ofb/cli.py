@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -69,6 +70,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(command: str, args: Sequence[str]) -> int:
     """Run a command with its options; its help needs neither torch nor the other processes of a job."""
+    if not args and issubclass(COMMANDS[command], TrainingConfig):  # hours of work, which nobody described
+        with suppress(SystemExit):
+            parse(command, ["--help"])
+        return USER_ERROR
     if command == "completion" or {"-h", "--help"} & set(args):
         config = parse(command, args)
         print_completion(config.shell)
@@ -103,6 +108,7 @@ def parse(command: str, args: Sequence[str], restarted: bool = False) -> Any:
 
     def read(args: Sequence[str], **default: Any) -> Any:
         settings = (tyro.conf.PositionalRequiredArgs,)
+        args = _with_values(config_class, args)
         return tyro.cli(config_class, args=args, prog=f"ofb {command}", config=settings, **default)
 
     config = read(args)
@@ -144,6 +150,18 @@ def _started_with(config: TrainingConfig) -> TrainingConfig:
         return from_dict(type(config), read_options("resume", path))
     except TypeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _with_values(config_class: type, args: Sequence[str]) -> list[str]:
+    """The arguments with `--amp` and `--no-amp` as tyro reads what may be None as well: `--amp=True`."""
+    flags = {}
+    for field in dataclasses.fields(config_class):
+        if field.type == (bool | None):
+            name = field.name.replace("_", "-")
+            flags |= {f"--{name}": f"--{name}=True", f"--no-{name}": f"--{name}=False"}
+    values, following = ("None", "True", "False"), [*args, ""][1:]
+    pairs = zip(args, following, strict=True)
+    return [arg if after in values else flags.get(arg.replace("_", "-"), arg) for arg, after in pairs]
 
 
 def _arguments_of_file(config_class: type, path: str) -> list[str]:
