@@ -72,7 +72,8 @@ def in_job(count: int, arguments: argparse.Namespace) -> list[float]:
 
 def step_seconds(arguments: argparse.Namespace) -> list[float]:
     """Seconds of each timed step, in a process of a job."""
-    config = SearchConfig(device=arguments.device, batch_size=arguments.batch_size, amp=arguments.amp)
+    options = {"device": arguments.device, "batch_size": arguments.batch_size, "amp": arguments.amp}
+    config = SearchConfig(**options, cuda_graph=False)  # which several processes cannot have
     device = pick_device(config)
     supernet = make_supernet(timm.create_model(arguments.model), config, steps_per_epoch=1000).to(device)
     start_alike(supernet)

@@ -22,7 +22,8 @@ GROUPS = {
     ),
     "model": ("model", "model_kwargs", "pretrained", "checkpoint"),
     "run folder and resuming": (
-        "output", "resume", "checkpoint_every", "keep_checkpoints", "allow_other_code", "log_wandb", "wandb_project",
+        "output", "dry_run", "resume", "checkpoint_every", "keep_checkpoints", "allow_other_code", "log_wandb",
+        "wandb_project",
     ),
     "options from elsewhere": ("config", "preset"),
     "training": (

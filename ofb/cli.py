@@ -85,6 +85,9 @@ def _run(command: str, args: Sequence[str]) -> int:
     if {"-h", "--help"} & set(args):
         print(help_text(command, COMMANDS[command]), flush=True)
         return 0
+    if not args and issubclass(COMMANDS[command], TrainingConfig):  # hours of work, which nobody described
+        print(help_text(command, COMMANDS[command]), flush=True)
+        return USER_ERROR
     if command == "completion":
         print_completion(parse(command, args).shell)
         return 0
@@ -164,8 +167,9 @@ def _arguments_of_file(config_class: type, path: str) -> list[str]:
 
     As text, since a YAML reader takes 1e-3 for a word and 12:30 for a number: the command line knows the types.
     """
-    options = {field.name for field in dataclasses.fields(config_class) if field.default is not dataclasses.MISSING}
-    known = options - {"config", "output", "resume"}
+    fields = dataclasses.fields(config_class)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    known = defaults.keys() - {"config", "output", "resume"}
     elsewhere = {field.name for other in COMMANDS.values() for field in dataclasses.fields(other)}
     arguments = []
     for name, value in read_options("config", Path(path)).items():
@@ -173,6 +177,8 @@ def _arguments_of_file(config_class: type, path: str) -> list[str]:
             raise ValueError(f"config: expected options of ofb in {path}, got {name!r}; ofb COMMAND --help lists them")
         if name.replace("-", "_") in known:
             option = f"--{name.replace('_', '-')}"
+            if value is None and defaults[name.replace("-", "_")] is None:
+                continue
             if isinstance(value, bool):
                 arguments.append(option if value else option.replace("--", "--no-", 1))
             else:

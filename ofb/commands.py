@@ -20,7 +20,7 @@ from ofb.engine.checkpoint import write_text
 from ofb.engine.class_names import check_label_names, set_label_names
 from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
-from ofb.engine.device import pick_device
+from ofb.engine.device import pick_device, with_precision
 from ofb.engine.distributed import may_restart, on_main
 from ofb.engine.options import from_dict, read_options, to_dict
 from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE, is_empty, locked
@@ -30,8 +30,9 @@ from ofb.engine.terminal import in_lines
 from ofb.engine.tool_config import DoctorConfig, EvaluateConfig, ExportConfig, ProfileConfig, ReportConfig
 from ofb.export import ONNX_FILE, PROGRAM_FILE, count_params
 from ofb.network_latency import latency_note, latency_targets_note
+from ofb.plan import describe_plan
 from ofb.profile import TOTAL, profile_networks, profile_table
-from ofb.report import comparison_table, figures, latencies_of, write_report
+from ofb.report import comparison_table, dense_training, dense_training_note, figures, latencies_of, write_report
 from ofb.supernet.families import count_macs, sizes_of
 
 UNWELL = 1
@@ -43,8 +44,11 @@ def run_train(config: TrainConfig) -> None:
     model = _starting_model(config)
     loaders = _loaders(config, model)
     _tell(set_label_names(model, loaders.train.dataset))
+    teacher = _teacher(config, model, None)
+    print(f"{describe_plan(config, model, loaders, teacher)}\n", flush=True)
+    if config.dry_run:
+        return
     with _run("train", config):
-        teacher = _teacher(config, model, None)
         model = ofb.train(model, loaders.train, loaders.val, config, teacher=teacher)
         ofb.save(model, Path(config.output) / EXPORT_FOLDER)
         metrics = ofb.evaluate(model, loaders.test, config)
@@ -62,20 +66,24 @@ def run_search(config: SearchConfig) -> None:
     _tell(set_label_names(dense, loaders.train.dataset))
     supernet = make_supernet(copy.deepcopy(dense), config, len(loaders.train))
     is_trained = config.checkpoint is not None or config.pretrained
-    if not is_trained:
-        _tell("neither --checkpoint nor --pretrained is given: the search starts from random weights")
+    teacher, export = _teacher(config, dense, dense if is_trained else None), Path(config.output) / EXPORT_FOLDER
+    print(f"{describe_plan(config, dense, loaders, teacher, supernet)}\n", flush=True)
+    if config.dry_run:
+        return
     with _run("search", config):
-        teacher, export = _teacher(config, dense, dense if is_trained else None), Path(config.output) / EXPORT_FOLDER
         found = ofb.search_targets(supernet, loaders.train, loaders.val, config, teacher=teacher)
         for target, network in found.items():
             ofb.save(network, export if config.targets is None else export / target)
         networks = {"dense": dense} | (found if config.targets else {"compressed": found[config.target]})
         metrics = {name: ofb.evaluate(network, loaders.test, config) for name, network in networks.items()}
         compared = on_main(figures, networks, metrics, config.latency_batch_size, pick_device(config))
+        compared["dense"]["training"] = on_main(dense_training, config.checkpoint, config.pretrained)
         _write_figures(config, networks, compared)
     table_ms = supernet.dense_costs.get("latency_ms")
     against_targets = latency_targets_note(latencies_of(compared), supernet.targets, table_ms)
-    print("", comparison_table(compared), *([against_targets] if against_targets else []), "", sep="\n")
+    print("", comparison_table(compared), *([against_targets] if against_targets else []), sep="\n")
+    _tell(dense_training_note(compared))
+    print()
     _tell_skipped(loaders)
     print(f"report: {on_main(write_report, config.output)}\nrun folder: {config.output}")
 
@@ -130,7 +138,7 @@ def _with_run_folder(command: str, config: TrainingConfig) -> TrainingConfig:
     output = config.output or _new_folder(command, config)
     if not config.resume and Path(output).exists() and not is_empty(Path(output)):
         raise ValueError(f"output: expected a new or empty folder, got {output}; add --resume to continue its run")
-    return dataclasses.replace(config, output=output)
+    return with_precision(dataclasses.replace(config, output=output))
 
 
 def _new_folder(command: str, config: TrainingConfig) -> str:

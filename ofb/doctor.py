@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import ofb_kernels
+from ofb.engine.config import TrainingConfig
+from ofb.engine.device import describe_precision, no_cuda_graph
 from ofb_kernels.dispatch import BACKEND_VARIABLE, choose_backend, triton_refusal
 from ofb_kernels.testing import check_op
 
@@ -24,7 +26,7 @@ def diagnose(device: torch.device) -> tuple[str, bool]:
         device: where the ops are checked.
     """
     lines = [f"python {platform.python_version()}   " + "   ".join(_versions("torch", "triton", "timm"))]
-    lines += [f"device  {_described(device)}", *_extras()]
+    lines += [f"device  {_described(device)}", f"steps   {_steps(device)}", *_extras()]
     lines.append(f"ops     {_reason(device)}")
     well = True
     for op, backend, error in _checks(device):
@@ -44,6 +46,14 @@ def _reason(device: torch.device) -> str:
     if device.type != "cuda":
         return "run on triton where backend='triton' asks for it, interpreted"
     return "run on triton, or on what was measured to be faster on this card (ofb_kernels/measured.json)"
+
+
+def _steps(device: torch.device) -> str:
+    """How training steps run here where no option says otherwise."""
+    config = TrainingConfig(device=str(device))
+    reason = no_cuda_graph(config, device)
+    graph = "as a CUDA graph" if reason is None else f"without a CUDA graph: {reason}"
+    return f"by default in {describe_precision(config, device)}, {graph}"
 
 
 def _versions(*packages: str) -> Iterator[str]:

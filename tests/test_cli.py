@@ -45,7 +45,7 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
     assert run(SEARCH, "--checkpoint", dense_run, "--target", "60%", "--output", str(folder)) == 0
     shown = capsys.readouterr().out
     assert "satisfiable: yes" in shown and "top-1 %" in shown and f"run folder: {folder}" in shown
-    assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("dense")
+    assert shown.index("satisfiable") < shown.index("search 1/3") < shown.index("finetune 1/1") < shown.index("top-1 %")
     found = {path.name for path in folder.iterdir()}
     written = {"config.yaml", "checkpoints", "metrics.jsonl", "history.jsonl", "found.json", "importance.json"}
     assert found == written | {".lock", "figures.json", "tensorboard", "export", "report"}

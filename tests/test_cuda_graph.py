@@ -202,7 +202,7 @@ def test_search_captures_again_after_a_prune(loaders, monkeypatch):
         assert self.graph is not None, "the capture failed"
 
     monkeypatch.setattr(StepGraph, "_capture", counted)
-    config = SearchConfig(**OPTIONS, epochs=6, finetune_epochs=0, architecture_lr=0.5, cuda_graph=True)
+    config = SearchConfig(**OPTIONS, epochs=6, finetune_epochs=0, architecture_lr=0.5, amp=False, cuda_graph=True)
     torch.manual_seed(0)
     supernet = make_supernet(tiny_vit(), config, len(loaders[0]))
     model = ofb.search(supernet, *loaders, config)

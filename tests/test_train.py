@@ -144,7 +144,8 @@ def test_evaluate_counts_every_image(loaders):
     model = fresh_model().eval()
     images, targets = loaders[1].dataset.tensors
     logits = model(images).detach()
-    metrics = ofb.evaluate(model, DataLoader(loaders[1].dataset, 7))  # 64 is no multiple of 7
+    exact = RunConfig(amp=False)
+    metrics = ofb.evaluate(model, DataLoader(loaders[1].dataset, 7), exact)  # 64 is no multiple of 7
     assert metrics["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item(), abs=1e-4)
     assert metrics["top5"] == pytest.approx(100)
     assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)

@@ -121,6 +121,12 @@ def load_checkpoint(folder: str | Path, stage: str) -> dict[str, Any] | None:
     return None
 
 
+def newest_step(folder: str | Path, stage: str) -> int | None:
+    """The step of a stage's newest checkpoint, by its name alone; None if there is none."""
+    newest = next(_newest_first(folder, stage), None)
+    return None if newest is None else int(newest[1].name.split("-")[-2])
+
+
 def _newest_first(folder: str | Path, stage: str) -> Iterator[tuple[str, Path]]:
     """Digest and path of the checkpoints of a stage."""
     pattern = re.compile(rf"{re.escape(stage)}-(\d{{9,}})-([0-9a-f]{{{DIGEST_DIGITS}}})\.safetensors")

@@ -30,8 +30,8 @@ class RunConfig:
     device: str | None = None
     """cpu, cuda or cuda:N; the GPU where there is one if not given."""
 
-    amp: bool = False
-    """Mixed precision."""
+    amp: bool | None = None
+    """Mixed precision (--amp, --no-amp); on for a GPU that computes in --amp-dtype if not given."""
 
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Lower precision of --amp."""
@@ -138,6 +138,9 @@ class TrainingConfig(RunConfig, DataConfig):
     resume: bool = False
     """Continue the run in --output, with the options it was started with."""
 
+    dry_run: bool = False
+    """Say what would be done, and end: nothing is trained or written."""
+
     checkpoint_every: int = 1000
     """Steps between checkpoints within an epoch; there is one after each epoch as well."""
 
@@ -181,8 +184,8 @@ class TrainingConfig(RunConfig, DataConfig):
     """Parts in which a batch, or each process's share of it, goes through the network, one after the other; memory is
     that of one part."""
 
-    cuda_graph: bool = False
-    """Run each step as one CUDA graph, captured anew after a prune."""
+    cuda_graph: bool | None = None
+    """Each step as one CUDA graph, captured anew after a prune; on for a GPU and adamw if not given."""
 
     drop_path: float = 0.1
     """Stochastic depth rate of the last block; earlier blocks have less."""

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from ofb.engine.config import TrainingConfig
 from ofb.engine.cuda_graph import StepGraph
-from ofb.engine.device import autocast, pick_device
-from ofb.engine.distributed import averaged, in_job, without_exchange
+from ofb.engine.device import autocast, no_cuda_graph, pick_device, uses_amp
+from ofb.engine.distributed import averaged, without_exchange
 
 BAD_STEPS = 20  # in a row are a divergence; float16's loss scale needs 16 to come down from 2**16 to 1
 SKIPPED = "skipped"  # among a step's losses: 1 where it was left out
@@ -30,7 +30,7 @@ def make_optimizer(
 ) -> Optimizer:
     """The config's timm optimizer over a model or over parameter groups, torch's own in a single kernel."""
     if config.opt == "adamw":
-        options |= {"fused": True, "capturable": config.cuda_graph and pick_device(config).type == "cuda"}
+        options |= {"fused": True, "capturable": no_cuda_graph(config, pick_device(config)) is None}
     return create_optimizer_v2(parameters, opt=config.opt, lr=config.scaled_lr(lr_at_256), **options)
 
 
@@ -74,7 +74,7 @@ class Optimization:
             warmup_lr_init=config.warmup_lr,
             t_in_epochs=False,
         )
-        self.scales = config.amp and config.amp_dtype == "float16"
+        self.scales = uses_amp(config, device) and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.scales else 1.0)
         self.bad_steps = torch.zeros((), device=device)  # in a row
         self.graph = None
@@ -114,7 +114,11 @@ class Optimization:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        captures = [group.get("capturable") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, capturable in zip(self.optimizer.param_groups, captures, strict=True):
+            if capturable is not None:  # as it is here, not as it was where the checkpoint was written
+                group["capturable"] = capturable
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
         self._set_rates()
@@ -175,15 +179,7 @@ class Optimization:
 
     def _captures(self) -> bool:
         """Whether steps become a CUDA graph; says why not where the config asks for it."""
-        if not self.config.cuda_graph:
-            return False
-        reasons = {
-            f"the device is {self.device.type}": self.device.type != "cuda",
-            "float16 loss scaling decides on the host": self.scales,
-            f"only adamw can be captured, not {self.config.opt}": self.config.opt != "adamw",
-            "the processes of a job exchange gradients": in_job(),
-        }
-        for reason in (reason for reason, applies in reasons.items() if applies):
+        reason = no_cuda_graph(self.config, self.device)
+        if reason is not None and self.config.cuda_graph:
             print(f"cuda_graph: steps run without one: {reason}", flush=True)
-            return False
-        return True
+        return reason is None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ofb.engine.checkpoint import write_text
 from ofb.engine.config import SearchConfig
-from ofb.engine.device import autocast, determinism, pick_device
+from ofb.engine.device import autocast, determinism, pick_device, with_precision
 from ofb.engine.distributed import average_gradients, check_alike, on_main, rank, start_alike
 from ofb.engine.history import History, in_order
 from ofb.engine.journal import Journal
@@ -121,6 +121,7 @@ def search_targets(
     Returns:
         The network of each of `config.all_targets()`.
     """
+    config = with_precision(config)
     steps, targets = config.epochs * len(train_loader), config.all_targets()
     if supernet.total_steps != steps:
         raise ValueError(
@@ -147,11 +148,13 @@ def _search_and_finetune(
     on_main(_report_importance, supernet, val_loader, config)
     if config.output is not None:
         write_text(Path(config.output) / FOUND_FILE, json.dumps(_found(supernet, targets, found), indent=1) + "\n")
-    networks = {}
+    networks, later = {}, config.finetune_epochs * len(targets)
     for target, model in zip(targets, found, strict=True):
+        later -= config.finetune_epochs
         if config.finetune_epochs:
             stage = "finetune" if config.targets is None else f"finetune-{target}"
-            model = train(model, train_loader, val_loader, config.finetune(), teacher=teacher, stage=stage)
+            options = {"teacher": teacher, "stage": stage, "later_epochs": later}
+            model = train(model, train_loader, val_loader, config.finetune(), **options)
         networks[target] = model
     return networks
 
@@ -282,7 +285,8 @@ def _train_supernet(
     )
     found, history = Networks(like=supernet.model), History(supernet)
     parts = {"supernet": supernet, "history": history, "found": found}
-    stage = Stage(config, "search", len(train_loader), optimization, parts, setbacks)
+    later_epochs = config.finetune_epochs * len(config.all_targets())
+    stage = Stage(config, "search", len(train_loader), optimization, parts, setbacks, later_epochs)
     if not stage.resumed:
         _begin(supernet, train_loader, config, device)
 
@@ -340,7 +344,6 @@ class Networks(list[nn.Module]):
 
 def _begin(supernet: Supernet, train_loader: Loader, config: SearchConfig, device: torch.device) -> None:
     """What comes before the first step of a search."""
-    print(describe_reach(supernet), flush=True)
     if config.output is not None and "latency_ms" in supernet.costs:
         table = json.dumps(supernet.costs["latency_ms"].to_dict(), indent=1)
         write_text(Path(config.output) / LATENCY_FILE, table + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor
 from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
 from ofb.engine.config import TrainingConfig
 from ofb.engine.distributed import mean_over_processes, on_main, rank
+from ofb.engine.estimate import StepClock, describe_estimate
 from ofb.engine.optimization import SKIPPED, Diverged, Optimization
 from ofb.engine.options import to_dict
 from ofb.engine.provenance import code_versions
@@ -30,7 +31,7 @@ SETBACKS = 3  # of a stage; each halves the learning rate
 # Options that may change when a run is resumed; the last one changes rounding and what is drawn at random.
 FREE_ON_RESUME = {
     "device", "workers", "backend", "cuda_graph", "output", "resume", "config", "log_wandb", "wandb_project",
-    "checkpoint_every", "keep_checkpoints", "allow_other_code", "grad_accum_steps",
+    "checkpoint_every", "keep_checkpoints", "allow_other_code", "dry_run", "grad_accum_steps",
 }  # fmt: skip
 
 Result = TypeVar("Result")
@@ -54,6 +55,7 @@ class Stage:
         optimization: what steps.
         parts: whatever else changes in it, by name, in the order in which it is loaded.
         setbacks: how often it had to start again because it diverged.
+        later_epochs: of the run's stages after it, to say how long all of them will take.
 
     Attributes:
         resumed: whether it goes on from a checkpoint.
@@ -72,8 +74,12 @@ class Stage:
         optimization: Optimization,
         parts: Mapping[str, Part],
         setbacks: int = 0,
+        later_epochs: int = 0,
     ) -> None:
         self.config, self.name, self.steps_per_epoch = config, name, steps_per_epoch
+        self.later_epochs = later_epochs
+        self.clock = StepClock(optimization.device, steps_per_epoch)
+        self.tells = setbacks == 0  # how long it will take: once
         self.optimization, self.parts = optimization, {**parts, "optimization": optimization}
         self.epoch, self.batches, self.setbacks = 0, 0, setbacks
         self.sums: dict[str, Tensor] = {}
@@ -98,6 +104,8 @@ class Stage:
                 an_epoch(self.epoch)
                 self.epoch, self.batches, self.sums = self.epoch + 1, 0, {}
                 self.save()
+                if self.clock.epoch_ended() and not finished():
+                    self._tell_what_is_left()
                 self._stop_if_asked()
 
     def remaining(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,6 +134,8 @@ class Stage:
         """
         self.batches += 1
         self.sums = {name: self.sums.get(name, 0) + loss.double() for name, loss in losses.items()}
+        if self.clock.stepped():
+            self._tell_what_is_left()
         if self.batches % self.config.checkpoint_every == 0:
             self.save()
         self._stop_if_asked()
@@ -164,6 +174,12 @@ class Stage:
         self.epoch, self.batches = state["epoch"], state["batches"]
         self.setbacks = max(state["setbacks"], self.setbacks)
         self.sums = {name: total.to(self.optimization.device) for name, total in state["sums"].items()}
+
+    def _tell_what_is_left(self) -> None:
+        epochs, later = self.config.epochs - self.epoch, self.later_epochs
+        if self.tells and epochs:
+            steps = epochs * self.steps_per_epoch - self.batches, later * self.steps_per_epoch
+            print(describe_estimate(self.clock, self.name, steps, (epochs, later)), flush=True)
 
     def _stop_if_asked(self) -> None:
         number = 0 if self.requests is None else self.requests.asked()

@@ -13,7 +13,7 @@ from timm.utils import AverageMeter, ModelEmaV3, accuracy
 from torch import Tensor, nn
 
 from ofb.engine.config import RunConfig, TrainConfig, TrainingConfig
-from ofb.engine.device import autocast, determinism, pick_device
+from ofb.engine.device import autocast, determinism, pick_device, with_precision
 from ofb.engine.distributed import start_alike, sum_over_processes
 from ofb.engine.journal import Journal
 from ofb.engine.optimization import BAD_STEPS, Optimization, make_optimizer
@@ -37,6 +37,7 @@ def train(
     *,
     teacher: nn.Module | None = None,
     stage: str = "train",
+    later_epochs: int = 0,
 ) -> nn.Module:
     """Train a model in place and return it with the weights of its best epoch on the validation images.
 
@@ -50,16 +51,17 @@ def train(
         config: the recipe; its data and model options are not read here.
         teacher: to distil from, as `config.distillation` says.
         stage: names checkpoint and metrics.
+        later_epochs: that follow in the same run, to say how long it will take.
 
     Raises:
         ValueError: the run to resume was started otherwise, its checkpoints are damaged, or it is still running.
         FloatingPointError: losses or gradients are not finite, and no lower learning rate helped.
         KeyboardInterrupt: SIGINT or SIGTERM came; where there is a run folder, a checkpoint was written first.
     """
-    config = config or TrainConfig()
+    config = with_precision(config or TrainConfig())
 
     def attempt(config: TrainConfig, setbacks: int) -> nn.Module:
-        return _train(model, train_loader, val_loader, config, teacher, stage, setbacks)
+        return _train(model, train_loader, val_loader, config, teacher, stage, setbacks, later_epochs)
 
     with locked(config.output), determinism(config):
         return through_setbacks(attempt, config)
@@ -73,6 +75,7 @@ def _train(
     teacher: nn.Module | None,
     name: str,
     setbacks: int,
+    later_epochs: int,
 ) -> nn.Module:
     device = pick_device(config)
     start_alike(model.to(device))
@@ -93,7 +96,7 @@ def _train(
     train_loader = shard(train_loader, math.lcm(config.grad_accum_steps, 1 if mix is None else 2))
     kept, best = model if ema is None else ema.module, Best()
     parts = {"model": model, "kept": kept, "best": best}
-    stage = Stage(config, name, len(train_loader), optimization, parts, setbacks)
+    stage = Stage(config, name, len(train_loader), optimization, parts, setbacks, later_epochs)
 
     def stepped() -> None:
         if ema is not None:

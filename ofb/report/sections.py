@@ -8,6 +8,7 @@ from ofb.engine.history import describe_size
 from ofb.network_latency import NetworkLatency, latency_note
 from ofb.report import search_charts, training_charts
 from ofb.report.chart import Chart, shown
+from ofb.report.dense_training import dense_training_note
 from ofb.report.figures import latencies_of
 from ofb.report.run import Run
 from ofb.supernet.cost import readable
@@ -132,7 +133,9 @@ def _distributions(run: Run, score: str, text: str) -> Section:
 def _about_networks(run: Run) -> str:
     latencies = latencies_of(run.figures)
     about = "Accuracy on the test images; MACs of one image"
-    return f"{about}; {latency_note(latencies)}." if latencies else f"{about}."
+    about = f"{about}; {latency_note(latencies)}." if latencies else f"{about}."
+    note = dense_training_note(run.figures)
+    return f"{about} Note: {note}." if note else about
 
 
 def _networks(run: Run) -> list[Table]:
