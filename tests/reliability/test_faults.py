@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from ofb.cli import _new_folder
+from ofb.commands import _new_folder
 from ofb.engine.checkpoint import TEMPORARY, load_checkpoint, save_checkpoint
 from ofb.engine.config import TrainConfig
 from ofb.engine.stage import FREE_ON_RESUME
