@@ -23,6 +23,7 @@ def test_why_a_backend_runs(monkeypatch):
     monkeypatch.setenv("OFB_KERNELS_BACKEND", "reference")
     shown, well = doctor.diagnose(torch.device("cpu"))
     assert well and "run on the backend that OFB_KERNELS_BACKEND names" in shown
+    assert "\nsteps   by default in fp32, without a CUDA graph: the device is cpu\n" in shown
     assert shown.count("reference") == 4
 
 
