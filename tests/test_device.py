@@ -144,8 +144,6 @@ def test_a_resumed_command_keeps_its_precision(tmp_path, monkeypatch):
         ("--lr 1", (None, None)),
         ("--amp --no-cuda-graph", (True, False)),
         ("--cuda_graph --lr 1 --no-amp", (False, True)),
-        ("--amp True --cuda-graph None", (True, None)),
-        ("--amp=False", (False, None)),
     ],
 )
 def test_flags_decide(arguments, expected):

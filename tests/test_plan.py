@@ -297,6 +297,7 @@ def test_comparison_and_report_say_so(here, capsys):
         (here / "learning" / "export").rename(here / "dense" / "export")
     words = "the dense network was still learning when its training ended (best epoch 3 of 3): part of the difference"
     shown = capsys.readouterr().out
+    shown = " ".join(shown.split())  # it goes on in the next line where the terminal ends
     assert shown.index("top-1 %") < shown.index(f"note: {words}") < shown.index("report: ")
     assert words in sections(Run.read(here / "said"))[0].text
     assert words in (here / "said" / "report" / "index.html").read_text()
@@ -306,7 +307,8 @@ def test_a_search_from_random_weights_says_so_beside_its_accuracy(here, capsys):
     assert main([*f"{SEARCH} {MODEL} --finetune-epochs 0".split(), "--output", "scratch"]) == 0
     plan, _, rest = capsys.readouterr().out.partition("\n\n")
     assert "random weights: neither --pretrained nor --checkpoint is given" in " ".join(plan.split())
-    assert rest.count("note: the dense network was never trained (random weights): all of the difference") == 1
+    note = "note: the dense network was never trained (random weights): all of the difference"
+    assert " ".join(rest.split()).count(note) == 1
     assert "was never trained" in sections(Run.read(here / "scratch"))[0].text
 
 

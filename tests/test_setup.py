@@ -73,7 +73,7 @@ def test_wheel_holds_both_packages_and_their_data(tmp_path):
         ("tyro", "search --help", "cli"),
         ("matplotlib", "search --data-dir nowhere", "cli"),
         ("matplotlib", "report nowhere", "cli"),
-        ("sklearn", "train", "cli"),
+        ("sklearn", "train --epochs 1", "cli"),
         ("onnxscript", "export nowhere", "export"),
     ],
 )
