@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
+from ofb.engine.config import DataConfig, SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.options import from_dict, read_options
 from ofb.engine.presets import preset
 from ofb.engine.tool_config import (
@@ -111,6 +111,12 @@ def parse(command: str, args: Sequence[str], restarted: bool = False) -> Any:
     if getattr(config, "config", None) is not None:
         args = [*_arguments_of_file(config_class, config.config), *args]
         config = read(args)
+    if isinstance(config, EvaluateConfig):
+        options = _options_of_run(config)
+        if not options:
+            return config
+        default = from_dict(EvaluateConfig, options | {"checkpoint": config.checkpoint})
+        return read(args, default=dataclasses.replace(default, checkpoint=tyro.MISSING))  # given by its position
     if getattr(config, "preset", None) is not None:
         # A preset's data set is refused without a folder, which is given beside it: checked once both are known.
         options = preset(config.preset) | {"preset": config.preset, "data_dir": config.data_dir or ""}
@@ -146,13 +152,30 @@ def _started_with(config: TrainingConfig) -> TrainingConfig:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def _options_of_run(config: EvaluateConfig) -> dict[str, Any]:
+    """What a network is evaluated with where the command line does not say: what its run was; empty if it has none."""
+    from ofb.engine.run_folder import CONFIG_FILE, run_of
+
+    run = run_of(config.checkpoint)
+    if run is None:
+        return {}
+    shared = {field.name for field in dataclasses.fields(DataConfig)} | {"seed", "amp", "amp_dtype"}
+    options = {name: value for name, value in read_options("run", run / CONFIG_FILE).items() if name in shared}
+    data = options.get("data")
+    if config.data_dir is not None:  # the same data in another place, but the digits have none
+        options |= {"data_dir": config.data_dir, "data": config.data if data == "digits" else data}
+    elif config.names_data and config.data != data:  # the run's folder is not theirs
+        options |= {"data_dir": None, "data": config.data}
+    return options
+
+
 def _arguments_of_file(config_class: type, path: str) -> list[str]:
     """A YAML file of options as a command line, without those of other commands and what belongs to one run alone.
 
     As text, since a YAML reader takes 1e-3 for a word and 12:30 for a number: the command line knows the types.
     """
     options = {field.name for field in dataclasses.fields(config_class) if field.default is not dataclasses.MISSING}
-    known = options - {"config", "output", "resume"}
+    known = options - {"config", "output", "resume"} - ({"target"} if config_class is EvaluateConfig else set())
     elsewhere = {field.name for other in COMMANDS.values() for field in dataclasses.fields(other)}
     arguments = []
     for name, value in read_options("config", Path(path)).items():

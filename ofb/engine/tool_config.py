@@ -8,18 +8,30 @@ from ofb.engine.options import at_least
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(RunConfig, DataConfig):
-    """Evaluate a saved network."""
+class TargetConfig:
+    """Which networks of a run."""
+
+    target: str | None = None
+    """The network of this target alone, such as 30%, where a search had several; each of them if not given."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(TargetConfig, RunConfig, DataConfig):
+    """Evaluate a saved network. Data, seed and precision are those of its run where they are not given."""
 
     checkpoint: str
     """A run folder, or its export folder."""
 
     split: Literal["val", "test"] = "test"
-    """Images to evaluate on: held-out training images, or those of --test-split."""
+    """Images to evaluate on: those that chose the best epoch, or those that only report."""
+
+    def __post_init__(self) -> None:
+        self.names_data = self.data is not None or self.data_dir is not None  # before the digits take their place
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
-class ProfileConfig:
+class ProfileConfig(TargetConfig):
     """Show MACs, parameters and milliseconds of a network's layers; for a search, beside those of the dense network."""
 
     network: str
@@ -52,7 +64,7 @@ class CompletionConfig:
 
 
 @dataclass(kw_only=True)
-class ExportConfig:
+class ExportConfig(TargetConfig):
     """Write a saved network as one file that runs elsewhere, and put it on the Hugging Face hub."""
 
     checkpoint: str
