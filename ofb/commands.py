@@ -123,7 +123,8 @@ def run_export(config: ExportConfig) -> None:
 def run_profile(config: ProfileConfig) -> None:
     device, run = pick_device(config), run_of(config.network)
     if run is not None or Path(config.network).is_dir():
-        found, dense = _load_all(saved_networks(config.network, config.target)), _dense_network(run)
+        found = _load_all(saved_networks(config.network, config.target))
+        dense = _dense_network(run, next(iter(found.values())).num_classes)
         if len(found) == 1 and config.target is None:
             found = {"compressed" if dense else config.network: network for network in found.values()}
         networks = dense | found
@@ -247,7 +248,7 @@ def _not_held_out(config: EvaluateConfig) -> str:
     return started and f"the run had {started}: the network may have been trained on some of these images"
 
 
-def _dense_network(run: Path | None) -> dict[str, nn.Module]:
+def _dense_network(run: Path | None, classes: int) -> dict[str, nn.Module]:
     """The dense network, by its name in a table, that a search started from; empty where there is none, or it is gone.
 
     Its weights may be others: costs do not depend on them.
@@ -256,8 +257,9 @@ def _dense_network(run: Path | None) -> dict[str, nn.Module]:
         options = {} if run is None else read_options("network", run / CONFIG_FILE)
         if command_of(options) != "search":
             return {}
-        config = dataclasses.replace(from_dict(SearchConfig, options), pretrained=False)
-        return {"dense": _starting_model(config)}
+        config = from_dict(SearchConfig, options)
+        kwargs = (*config.model_kwargs, f"num_classes={classes}")
+        return {"dense": _starting_model(dataclasses.replace(config, pretrained=False, model_kwargs=kwargs))}
     except (ValueError, OSError) as error:
         print(f"note: no dense network to compare with: {' '.join(str(error).split())}")
         return {}

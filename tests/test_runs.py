@@ -135,8 +135,11 @@ def test_images_that_have_gone(place, capsys, tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": gone}))
     (error,) = told(capsys, "evaluate", str(run), "--device", "cpu", code=2)
     assert f"in {gone}: no such folder; say where the images are with --data-dir" in error
-    moved = told(capsys, "evaluate", str(run), "--data-dir", str(place / "images"), "--device", "cpu")
-    assert moved == told(capsys, "evaluate", str(place / "dense"), "--device", "cpu")
+    moved = shutil.copytree(place / "images", tmp_path / "moved")
+    for split in ("val", "test"):
+        evaluate = ("evaluate", "--device", "cpu", "--split", split)
+        again = told(capsys, *evaluate, str(run), "--data-dir", str(moved))
+        assert again[-1] == told(capsys, *evaluate, str(place / "dense"))[-1]
 
 
 def test_resuming_where_the_images_have_moved(capsys, monkeypatch, tmp_path):
@@ -166,6 +169,16 @@ def test_export_and_profile_take_all_networks(place, capsys, tmp_path):
     shown = told(capsys, "profile", str(two), "--device", "cpu", "--target", "60%")[0]
     assert columns.findall(shown) == ["dense", "60%"]
     assert "target: expected a run" in told(capsys, "profile", MODEL["model"], "--target", "60%", code=2)[0]
+
+
+def test_profile_needs_no_images(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "images", CLASSES, count=40)
+    command = f"{DENSE.replace('train', 'search')} --finetune-epochs 0 --round-to 1 --target 80% --output run"
+    told(capsys, *command.split(), *OPTIONS.split())
+    (tmp_path / "images").rename(tmp_path / "moved")
+    shown = told(capsys, "profile", "run", "--device", "cpu")[0]
+    assert "dense: MACs" in shown and "compressed: MACs" in shown
 
 
 @pytest.fixture

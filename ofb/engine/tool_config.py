@@ -75,7 +75,7 @@ class ExportConfig(TargetConfig):
     network before it is written."""
 
     output: str | None = None
-    """File to write; model.onnx or model.pt2 beside the network if not given."""
+    """File to write, of one network; model.onnx or model.pt2 beside each network if not given."""
 
     push_to_hub: str | None = None
     """Repository USER/NAME on the Hugging Face hub to put the network into, with the files beside it and a model card
