@@ -238,14 +238,17 @@ def _load_all(folders: Mapping[str, Path]) -> dict[str, nn.Module]:
 
 def _not_held_out(config: EvaluateConfig) -> str:
     """A note where images to evaluate on are chosen otherwise than by the run, which may have trained on them."""
-    run = run_of(config.checkpoint)
-    if run is None or config.data == "digits":
+    run, of_training = run_of(config.checkpoint), config.split == "val" and config.val_split is None
+    if config.data == "digits":
         return ""
-    options = read_options("run", run / CONFIG_FILE)
-    names = ["train_split", "test_share"] + ["val_split", "val_share", "seed"] * (config.split == "val")
-    changed = [name for name in names if options.get(name) != getattr(config, name)]
-    started = ", ".join(f"{name} {options.get(name)}" for name in changed)
-    return started and f"the run had {started}: the network may have been trained on some of these images"
+    if run is None:
+        others = "its run is not known" if of_training else ""
+    else:
+        options = read_options("run", run / CONFIG_FILE)
+        names = ["train_split", "test_share"] + ["val_split", "val_share", "seed"] * of_training
+        changed = [name for name in names if options.get(name) != getattr(config, name)]
+        others = changed and f"its run had {', '.join(f'{name} {options.get(name)}' for name in changed)}"
+    return f"the network may have been trained on some of these images: {others}" if others else ""
 
 
 def _dense_network(run: Path | None, classes: int) -> dict[str, nn.Module]:

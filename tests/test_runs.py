@@ -94,7 +94,8 @@ def test_one_of_several_targets(place, capsys):
 def test_the_command_line_wins(place, capsys, tmp_path):
     run = str(place / "dense")
     shown = told(capsys, "evaluate", run, "--device", "cpu", "--split", "val", "--seed", "4", "--val-share", "0.5")
-    assert "note: the run had val_share 0.3, seed 3: the network may have been trained on some of these images" in shown
+    note = "note: the network may have been trained on some of these images: its run "
+    assert f"{note}had val_share 0.3, seed 3" in shown
     assert "val  45 images" in shown[-1]
     shown = told(capsys, "evaluate", run, "--device", "cpu", "--seed", "4")
     assert not any("may have been trained" in line for line in shown), "test images do not depend on it"
@@ -122,6 +123,8 @@ def test_a_network_outside_of_its_run(place, capsys, tmp_path):
     assert "data: expected the images to evaluate on" in error and "add --data-dir FOLDER, or --data digits" in error
     data = ("--data-dir", str(place / "images"), "--workers", "0", "--device", "cpu")
     assert told(capsys, "evaluate", str(alone), *data)[-1].startswith(f"{alone}  test  12 images")
+    note = "note: the network may have been trained on some of these images: its run is not known"
+    assert note in told(capsys, "evaluate", str(alone), *data, "--split", "val", "--val-share", "0.2")
     several = shutil.copytree(place / "two/export", tmp_path / "several")
     names = [line.partition("  ")[0] for line in told(capsys, "evaluate", str(several), *data)[1:]]
     assert names == ["60%", "80%"]

@@ -22,6 +22,9 @@ class EvaluateConfig(TargetConfig, RunConfig, DataConfig):
     checkpoint: str
     """A run folder, or its export folder."""
 
+    data: str | None = None
+    """`digits`, or a data set as timm names it (ofb train --help); that of the run if not given, with its folder."""
+
     split: Literal["val", "test"] = "test"
     """Images to evaluate on: those that chose the best epoch, or those that only report."""
 
