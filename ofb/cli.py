@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from ofb.engine.config import DataConfig, SearchConfig, TrainConfig, TrainingConfig
+from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.options import from_dict, read_options
 from ofb.engine.presets import preset
 from ofb.engine.tool_config import (
+    OF_THE_RUN,
     CompletionConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -159,13 +160,14 @@ def _options_of_run(config: EvaluateConfig) -> dict[str, Any]:
     run = run_of(config.checkpoint)
     if run is None:
         return {}
-    shared = {field.name for field in dataclasses.fields(DataConfig)} | {"seed", "amp", "amp_dtype"}
-    options = {name: value for name, value in read_options("run", run / CONFIG_FILE).items() if name in shared}
-    data = options.get("data")
+    options = {name: value for name, value in read_options("run", run / CONFIG_FILE).items() if name in OF_THE_RUN}
+    data, folder = options.get("data"), str(options.get("data_dir"))
     if config.data_dir is not None:  # the same data in another place, but the digits have none
         options |= {"data_dir": config.data_dir, "data": config.data if data == "digits" else data}
     elif config.names_data and config.data != data:  # the run's folder is not theirs
         options |= {"data_dir": None, "data": config.data}
+    elif os.path.isabs(folder) and not os.path.exists(folder):
+        raise ValueError(f"data_dir: expected the images of {run} in {folder}, which has gone; add --data-dir FOLDER")
     return options
 
 

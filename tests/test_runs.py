@@ -137,7 +137,7 @@ def test_images_that_have_gone(place, capsys, tmp_path):
     gone = str(tmp_path / "gone")
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": gone}))
     (error,) = told(capsys, "evaluate", str(run), "--device", "cpu", code=2)
-    assert f"in {gone}: no such folder; say where the images are with --data-dir" in error
+    assert error == f"ofb: data_dir: expected the images of {run} in {gone}, which has gone; add --data-dir FOLDER"
     moved = shutil.copytree(place / "images", tmp_path / "moved")
     for split in ("val", "test"):
         evaluate = ("evaluate", "--device", "cpu", "--split", split)

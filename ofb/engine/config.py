@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # torch and timm are imported where they are needed: help com
     from ofb.supernet.losses import Criterion
     from ofb.supernet.search_space import SearchSpace
 
-PATHS = ("data_dir", "checkpoint", "teacher", "latency_table")  # options that may name a folder or a file
 DATA_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # of what timm does not read from a folder of images
+PATHS = ("data_dir", "checkpoint", "teacher", "latency_table")  # options that may name a folder or a file
 
 
 @dataclass(kw_only=True)

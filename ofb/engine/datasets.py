@@ -88,7 +88,6 @@ def open_split(config: DataConfig, option: str, channels: int, class_map: Mappin
     except (OSError, RuntimeError, AssertionError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"data: cannot read split {split!r} of {config.data!r} in {config.data_dir}: {error}"
-            f"{_elsewhere(config.data_dir)}"
         ) from error
     return ReadableImages(dataset, config.skip_broken) if type(dataset) is ImageDataset else dataset
 
@@ -121,9 +120,7 @@ def _folder(config: DataConfig, option: str) -> str:
     """The folder of a split's images; that of all, where it holds classes without splits."""
     root, split = config.data_dir, getattr(config, option)
     if not os.path.exists(root):
-        raise ValueError(
-            f"data: cannot read split {split!r} of {config.data!r} in {root}: no such folder{_elsewhere(root)}"
-        )
+        raise ValueError(f"data: cannot read split {split!r} of {config.data!r} in {root}: no such folder")
     if _is_flat(config):
         if nested := nested_split(root):
             raise ValueError(
@@ -142,11 +139,6 @@ def _folder(config: DataConfig, option: str) -> str:
             hint += f", or split the training images by --test-share: --data-dir {train}"
         raise ValueError(f"{option}: expected a folder {split!r} in {root}, got {shown(subfolders(root))}; {hint}")
     return folder
-
-
-def _elsewhere(root: str | None) -> str:
-    """What to do where a data set is not in its place, as those of a run may have moved."""
-    return "" if root is None or os.path.exists(root) else "; say where the images are with --data-dir"
 
 
 def _with_classes_of(train: Dataset, config: DataConfig, option: str, channels: int) -> tuple[Dataset, list[str]]:

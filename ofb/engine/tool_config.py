@@ -1,10 +1,13 @@
 """Options of the commands that train nothing; `ofb.engine.config` has the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ofb.engine.config import DataConfig, RunConfig
 from ofb.engine.options import at_least
+
+# Options of EvaluateConfig that are those of the network's run where they are not given.
+OF_THE_RUN = (*(field.name for field in fields(DataConfig)), "seed", "amp", "amp_dtype")
 
 
 @dataclass(kw_only=True)
