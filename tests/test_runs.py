@@ -35,6 +35,12 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """So that what a command tells is not broken into lines."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 def told(capsys, *command: str, code: int = 0) -> list[str]:
     """The lines that a command prints: to standard output, or its error."""
     capsys.readouterr()
