@@ -10,7 +10,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Annotated, Any, Union
@@ -21,6 +21,7 @@ from ofb.engine.extras import check_extras, modules_for
 from ofb.engine.options import from_dict, read_options
 from ofb.engine.presets import preset
 from ofb.engine.tool_config import (
+    OF_THE_RUN,
     CompletionConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -132,6 +133,8 @@ def parse(command: str, args: Sequence[str], restarted: bool = False) -> Any:
         options = given(command, config_class, [*_arguments_of_file(config_class, options["config"]), *args])
     if options.get("preset") is not None:
         options = preset(options["preset"]) | options
+    if config_class is EvaluateConfig:
+        return from_dict(EvaluateConfig, _options_of_run(options) | options)
     return config_class(**options)
 
 
@@ -162,6 +165,24 @@ def _started_with(config_class: type[TrainingConfig], output: str) -> TrainingCo
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def _options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network is evaluated with where the command line does not say: what its run was; empty if it has none."""
+    from ofb.engine.run_folder import CONFIG_FILE, run_of
+
+    run = run_of(given["checkpoint"])
+    if run is None:
+        return {}
+    options = {name: value for name, value in read_options("run", run / CONFIG_FILE).items() if name in OF_THE_RUN}
+    data, folder = options.get("data"), str(options.get("data_dir"))
+    if given.get("data_dir") is not None:  # the same data in another place, but the digits have none
+        options["data"] = None if data == "digits" else data
+    elif given.get("data") not in (None, data):  # the run's folder is not theirs
+        options["data_dir"] = None
+    elif os.path.isabs(folder) and not os.path.exists(folder):
+        raise ValueError(f"data_dir: expected the images of {run} in {folder}, which has gone; add --data-dir FOLDER")
+    return options
+
+
 def _arguments_of_file(config_class: type, path: str) -> list[str]:
     """A YAML file of options as a command line, without those of other commands and what belongs to one run alone.
 
@@ -169,7 +190,7 @@ def _arguments_of_file(config_class: type, path: str) -> list[str]:
     """
     fields = dataclasses.fields(config_class)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    known = defaults.keys() - {"config", "output", "resume"}
+    known = defaults.keys() - {"config", "output", "resume"} - ({"target"} if config_class is EvaluateConfig else set())
     elsewhere = {field.name for other in COMMANDS.values() for field in dataclasses.fields(other)}
     arguments = []
     for name, value in read_options("config", Path(path)).items():

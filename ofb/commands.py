@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import json
-import shlex
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +18,21 @@ from ofb.doctor import diagnose
 from ofb.engine.advice import advice_on
 from ofb.engine.checkpoint import write_text
 from ofb.engine.class_names import check_label_names, set_label_names
-from ofb.engine.config import SearchConfig, TrainConfig, TrainingConfig
+from ofb.engine.config import PATHS, SearchConfig, TrainConfig, TrainingConfig
 from ofb.engine.data import Loaders, create_loaders, create_model, create_teacher
 from ofb.engine.device import pick_device, with_precision
 from ofb.engine.distributed import may_restart, on_main
 from ofb.engine.options import from_dict, read_options, to_dict
-from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE, is_empty, locked
+from ofb.engine.run_folder import (
+    CONFIG_FILE,
+    EXPORT_FOLDER,
+    FIGURES_FILE,
+    command_of,
+    is_empty,
+    locked,
+    resume_command,
+    run_of,
+)
 from ofb.engine.search import make_supernet
 from ofb.engine.seeding import seed_everything
 from ofb.engine.terminal import in_lines
@@ -33,6 +42,8 @@ from ofb.network_latency import latency_note, latency_targets_note
 from ofb.plan import describe_plan
 from ofb.profile import TOTAL, profile_networks, profile_table
 from ofb.report import comparison_table, dense_training, dense_training_note, figures, latencies_of, write_report
+from ofb.report.run import how_to_finish
+from ofb.run_networks import only_network, saved_networks
 from ofb.supernet.families import count_macs, sizes_of
 
 UNWELL = 1
@@ -89,29 +100,45 @@ def run_search(config: SearchConfig) -> None:
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
-    model = ofb.load(_network_folder(config.checkpoint))
-    loaders = _loaders(config, model)
+    networks = _load_all(saved_networks(config.checkpoint, config.target))
+    if not config.names_data:
+        raise ValueError(
+            f"data: expected the images to evaluate on, since {config.checkpoint} is in no run folder that knows them; "
+            "add --data-dir FOLDER, or --data digits"
+        )
+    loaders = _loaders(config, next(iter(networks.values())))
     loader = getattr(loaders, config.split)
-    _tell(check_label_names(model, loader.dataset))
-    print(f"{config.split}  {_shown(ofb.evaluate(model, loader, config))}")
+    _tell(_not_held_out(config))
+    for name, network in networks.items():
+        _tell(check_label_names(network, loader.dataset))
+        metrics = ofb.evaluate(network, loader, config)
+        print(f"{name}  {config.split}  {len(loader.dataset)} images  {_shown(metrics)}")
     _tell_skipped(loaders)
 
 
 def run_export(config: ExportConfig) -> None:
-    folder, (write, name) = _network_folder(config.checkpoint), EXPORTS[config.format]
-    path = Path(config.output or folder / name)
-    difference = write(ofb.load(folder), path)
-    print(f"{path}  logits within {difference:.1g} of the network's")
-    if config.push_to_hub is not None:
-        print(ofb.push_to_hub(folder, config.push_to_hub, config.hub_private))
+    folders, (write, name) = saved_networks(config.checkpoint, config.target), EXPORTS[config.format]
+    for option in ("output", "push_to_hub"):
+        if len(folders) > 1 and getattr(config, option) is not None:
+            raise ValueError(f"{option}: expected one network, got {', '.join(folders)}; choose one with --target")
+    for folder in folders.values():
+        path = Path(config.output or folder / name)
+        difference = write(ofb.load(folder), path)
+        print(f"{path}  logits within {difference:.1g} of the network's")
+        if config.push_to_hub is not None:
+            print(ofb.push_to_hub(folder, config.push_to_hub, config.hub_private))
 
 
 def run_profile(config: ProfileConfig) -> None:
-    device, folder = pick_device(config), _network_folder(config.network)
-    if folder.is_dir():
-        compressed = ofb.load(folder)
-        dense = _dense_network(Path(config.network))
-        networks = dense | {"compressed" if dense else config.network: compressed}
+    device, run = pick_device(config), run_of(config.network)
+    if run is not None or Path(config.network).is_dir():
+        found = _load_all(saved_networks(config.network, config.target))
+        dense = _dense_network(run, next(iter(found.values())).num_classes)
+        if len(found) == 1 and config.target is None:
+            found = {"compressed" if dense else config.network: network for network in found.values()}
+        networks = dense | found
+    elif config.target is not None:
+        raise ValueError(f"target: expected a run to choose a network of, got {config.network!r}")
     elif timm.is_model(config.network.split(".")[0]):
         networks = {config.network: timm.create_model(config.network)}
     else:
@@ -129,16 +156,21 @@ def run_doctor(config: DoctorConfig) -> int:
 
 def run_report(config: ReportConfig) -> None:
     print(write_report(config.run))
+    left = how_to_finish(config.run)
+    _tell(left and f"the run is not finished: {left}")
 
 
 def _with_run_folder(command: str, config: TrainingConfig) -> TrainingConfig:
-    """The config with its run folder settled: one that is new or empty, unless the run is resumed."""
+    """The config with its run folder settled, one that is new or empty unless the run is resumed, and paths that hold
+    from any folder."""
     if config.output is None and may_restart():
         raise ValueError("output: expected a folder where a job that restarts finds its run again; add --output FOLDER")
     output = config.output or _new_folder(command, config)
     if not config.resume and Path(output).exists() and not is_empty(Path(output)):
         raise ValueError(f"output: expected a new or empty folder, got {output}; add --resume to continue its run")
-    return with_precision(dataclasses.replace(config, output=output))
+    paths = {name: path for name in PATHS if (path := getattr(config, name, None)) and os.path.exists(path)}
+    paths = {name: os.path.abspath(path) for name, path in paths.items()}
+    return with_precision(dataclasses.replace(config, output=output, **paths))
 
 
 def _new_folder(command: str, config: TrainingConfig) -> str:
@@ -158,13 +190,13 @@ def _run(command: str, config: TrainingConfig) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            interrupt.args = (f"continue with: {_to_continue(command, config)}",)
+            interrupt.args = (f"continue with: {resume_command(command, config.output)}",)
             raise
         except RuntimeError as error:
             advice = advice_on(error, config)
             if advice is None:
                 raise
-            raise MemoryError(f"{advice}; continue with: {_to_continue(command, config)}") from error
+            raise MemoryError(f"{advice}; continue with: {resume_command(command, config.output)}") from error
 
 
 def _write_config(config: TrainingConfig) -> None:
@@ -177,10 +209,6 @@ def _write_config(config: TrainingConfig) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
-def _to_continue(command: str, config: TrainingConfig) -> str:
-    return f"ofb {command} --resume --output {shlex.quote(config.output)}"
-
-
 def _write_figures(
     config: TrainingConfig, networks: Mapping[str, nn.Module], compared: Mapping[str, Mapping[str, float]]
 ) -> None:
@@ -191,7 +219,9 @@ def _write_figures(
 
 def _starting_model(config: TrainingConfig) -> nn.Module:
     seed_everything(config.seed, "model", 0)
-    return create_model(config) if config.checkpoint is None else ofb.load(_network_folder(config.checkpoint))
+    if config.checkpoint is None:
+        return create_model(config)
+    return ofb.load(only_network("checkpoint", config.checkpoint))
 
 
 def _tell(note: str) -> None:
@@ -212,17 +242,37 @@ def _tell_skipped(loaders: Loaders) -> None:
         print(f"skipped {len(skipped)} image files that cannot be read, such as {skipped[0]}")
 
 
-def _dense_network(run: Path) -> dict[str, nn.Module]:
-    """The dense network, by its name in a table, that a search started from; empty where `run` is none, or it is gone.
+def _load_all(folders: Mapping[str, Path]) -> dict[str, nn.Module]:
+    return {name: ofb.load(folder) for name, folder in folders.items()}
+
+
+def _not_held_out(config: EvaluateConfig) -> str:
+    """A note where images to evaluate on are chosen otherwise than by the run, which may have trained on them."""
+    run, of_training = run_of(config.checkpoint), config.split == "val" and config.val_split is None
+    if config.data == "digits":
+        return ""
+    if run is None:
+        others = "its run is not known" if of_training else ""
+    else:
+        options = read_options("run", run / CONFIG_FILE)
+        names = ["train_split", "test_share"] + ["val_split", "val_share", "seed"] * of_training
+        changed = [name for name in names if options.get(name) != getattr(config, name)]
+        others = changed and f"its run had {', '.join(f'{name} {options.get(name)}' for name in changed)}"
+    return f"the network may have been trained on some of these images: {others}" if others else ""
+
+
+def _dense_network(run: Path | None, classes: int) -> dict[str, nn.Module]:
+    """The dense network, by its name in a table, that a search started from; empty where there is none, or it is gone.
 
     Its weights may be others: costs do not depend on them.
     """
     try:
-        options = read_options("network", run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else {}
-        if "target" not in options:  # no run, or a dense training
+        options = {} if run is None else read_options("network", run / CONFIG_FILE)
+        if command_of(options) != "search":
             return {}
-        config = dataclasses.replace(from_dict(SearchConfig, options), pretrained=False)
-        return {"dense": _starting_model(config)}
+        config = from_dict(SearchConfig, options)
+        kwargs = (*config.model_kwargs, f"num_classes={classes}")
+        return {"dense": _starting_model(dataclasses.replace(config, pretrained=False, model_kwargs=kwargs))}
     except (ValueError, OSError) as error:
         _tell(f"no dense network to compare with: {' '.join(str(error).split())}")
         return {}
@@ -234,14 +284,9 @@ def _teacher(config: TrainingConfig, model: nn.Module, default: nn.Module | None
         return None
     if config.teacher is None:
         return default
-    folder = _network_folder(config.teacher)
-    return ofb.load(folder) if folder.is_dir() else create_teacher(config, model)
-
-
-def _network_folder(checkpoint: str) -> Path:
-    """The folder of a saved network, which for a run is its export folder."""
-    folder = Path(checkpoint)
-    return folder / EXPORT_FOLDER if (folder / EXPORT_FOLDER).is_dir() else folder
+    if not Path(config.teacher).is_dir():
+        return create_teacher(config, model)
+    return ofb.load(only_network("teacher", config.teacher))
 
 
 def _shown(metrics: Mapping[str, float]) -> str:

@@ -60,9 +60,9 @@ def test_train_search_evaluate_export(dense_run, tmp_path, capsys):
 
     assert run("evaluate", str(folder)) == 0
     evaluated = capsys.readouterr().out
-    assert evaluated.startswith("test  top-1 ")
+    assert evaluated.startswith("60%  test  300 images  top-1 ")
     assert run("evaluate", str(folder / "export"), "--split", "val") == 0
-    assert capsys.readouterr().out.startswith("val  top-1 ")
+    assert capsys.readouterr().out.startswith("60%  val  300 images  top-1 ")
 
     assert run("export", str(folder), "--output", str(tmp_path / "model.onnx")) == 0
     assert (tmp_path / "model.onnx").stat().st_size > 1000

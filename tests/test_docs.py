@@ -18,7 +18,7 @@ from ofb.cli import main, parse
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {"train": "--epochs 2 --device cpu", "search": "--epochs 2 --finetune-epochs 1 --device cpu"}
-SHORT |= {"profile": "--device cpu", "export": ""}
+SHORT |= {"evaluate": "--device cpu", "profile": "--device cpu", "export": ""}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OTHERS = ("git", "pip", "cd", "docker", "eval")  # commands that are not this project's
 
@@ -74,7 +74,7 @@ def without_download(monkeypatch, transformers) -> None:
 def test_the_first_search_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = [words for words in commands(ROOT / "docs" / "README.md") if words[0] == "ofb"]
-    assert [words[1] for words in first] == ["train", "search", "profile", "export"]
+    assert [words[1] for words in first] == ["train", "search", "evaluate", "profile", "export"]
     for _, command, *arguments in first:
         assert main([command, *arguments, *SHORT[command].split()]) == 0
     assert (tmp_path / "runs/first/export/model.onnx").exists()

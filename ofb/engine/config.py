@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from ofb.engine.options import at_least, between, key_and_value, positive
+from ofb.engine.options import at_least, between, key_and_value, positive, split_targets
 
 if TYPE_CHECKING:  # torch and timm are imported where they are needed: help comes without them
     from ofb.supernet.losses import Criterion
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # torch and timm are imported where they are needed: help com
 
 MOST_WORKERS = 8  # more seldom help one process, and each takes memory
 DATA_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # of what timm does not read from a folder of images
+PATHS = ("data_dir", "checkpoint", "teacher", "latency_table")  # options that may name a folder or a file
 
 
 @dataclass(kw_only=True)
@@ -437,7 +438,7 @@ class SearchConfig(TrainingConfig):
         """The targets to pass, in their order."""
         if self.targets is None:
             return [self.target]
-        return [target.strip() for target in self.targets.split(";" if ";" in self.targets else ",")]
+        return split_targets(self.targets)
 
     def search_space(self) -> "SearchSpace":
         """What is wanted of the candidate sizes."""

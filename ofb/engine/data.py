@@ -297,5 +297,7 @@ def _options_of_data(config: DataConfig) -> dict[str, Any]:
     """What a data set asks of a model."""
     if config.data == "digits":
         return {**DIGITS_OPTIONS, "pretrained_cfg_overlay": DIGITS_CFG}
+    if "num_classes" in config.model_options():  # without a look at the images, which a run may have outlived
+        return {}
     classes = count_classes(open_split(config, "train_split", channels=3))
     return {"num_classes": classes} if classes else {}

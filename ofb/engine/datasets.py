@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import combinations
 
 from timm.data import ImageDataset, create_dataset
@@ -129,8 +129,8 @@ class Part(Subset):
 
 def _is_flat(config: DataConfig) -> bool:
     """Whether the data is a folder of classes without splits, and no split is asked for."""
-    options = [field for field in fields(DataConfig) if field.name.endswith("_split")]
-    unasked = all(getattr(config, option.name) == option.default for option in options)
+    defaults = {"train_split": ("train",), "val_split": (None,), "test_split": (None, "validation")}
+    unasked = all(getattr(config, option) in values for option, values in defaults.items())
     return unasked and config.is_image_folder and is_flat(config.data_dir)
 
 

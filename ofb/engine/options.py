@@ -75,6 +75,11 @@ def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
         return key, value
 
 
+def split_targets(targets: str) -> list[str]:
+    """The costs that `--targets` names, in their order."""
+    return [target.strip() for target in targets.split(";" if ";" in targets else ",")]
+
+
 def at_least(config: Any, least: float, *names: str) -> None:
     """Raise ValueError where an option is below `least`."""
     for name in names:

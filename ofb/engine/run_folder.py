@@ -1,10 +1,12 @@
-"""A run folder: what its files are called, and that one run at a time writes to it."""
+"""A run folder: what its files are called, where it is, how to go on, and that one run at a time writes to it."""
 
 import os
+import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +26,26 @@ EXPORT_FOLDER = "export"  # the network
 REPORT_FOLDER = "report"
 LOCK_FILE = ".lock"  # held by the run that writes here
 HOLDER_FILE = ".running"  # who that is
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The run folder that a path is, or that it is the export folder of, or a network in there; None if it is none."""
+    for place in (Path(path), Path(path).resolve()):
+        above = (each.parent for each in (place, place.parent) if each.name == EXPORT_FOLDER)
+        for folder in (place, *above):
+            if (folder / CONFIG_FILE).is_file():
+                return folder
+    return None
+
+
+def command_of(options: Mapping[str, Any]) -> str:
+    """Which command a run is of, by the options in its config file."""
+    return "search" if "target" in options else "train"
+
+
+def resume_command(command: str, folder: str | Path) -> str:
+    """The command line that goes on with a run of `ofb train` or `ofb search`."""
+    return f"ofb {command} --resume --output {shlex.quote(str(folder))}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ the process to end. What is random depends on epoch and batch alone (`seeding`),
 checkpoint equals one that was never interrupted.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ofb.engine.checkpoint import load_checkpoint, save_checkpoint
-from ofb.engine.config import TrainingConfig
+from ofb.engine.config import PATHS, TrainingConfig
 from ofb.engine.distributed import mean_over_processes, on_main, rank
 from ofb.engine.estimate import StepClock, describe_estimate
 from ofb.engine.optimization import SKIPPED, Diverged, Optimization
@@ -216,7 +217,7 @@ def _state_to_resume(config: TrainingConfig, name: str, steps_per_epoch: int) ->
     if state is None:
         return None
     for option, value in to_dict(config).items():
-        if option not in FREE_ON_RESUME and state["config"].get(option) != value:
+        if option not in FREE_ON_RESUME and not _same(option, state["config"].get(option), value):
             raise ValueError(
                 f"{option}: the run in {config.output} was started with {state['config'].get(option)}, got {value}; "
                 "leave the option out, or start a new run"
@@ -233,3 +234,11 @@ def _state_to_resume(config: TrainingConfig, name: str, steps_per_epoch: int) ->
             "--allow-other-code if you know that they compute the same"
         )
     return state
+
+
+def _same(option: str, was: Any, now: Any) -> bool:
+    """Whether an option is what it was. A folder may be another one where one of the two is gone: it has moved."""
+    if option not in PATHS or was is None or now is None:
+        return was == now
+    moved = any(os.path.isabs(path) and not os.path.exists(path) for path in (was, now))
+    return moved or os.path.abspath(was) == os.path.abspath(now)

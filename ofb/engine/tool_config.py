@@ -1,25 +1,43 @@
 """Options of the commands that train nothing; `ofb.engine.config` has the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ofb.engine.config import DataConfig, RunConfig
 from ofb.engine.options import at_least
 
+# Options of EvaluateConfig that are those of the network's run where they are not given.
+OF_THE_RUN = (*(field.name for field in fields(DataConfig)), "seed", "amp", "amp_dtype")
+
 
 @dataclass(kw_only=True)
-class EvaluateConfig(RunConfig, DataConfig):
-    """Evaluate a saved network."""
+class TargetConfig:
+    """Which networks of a run."""
+
+    target: str | None = None
+    """The network of this target alone, such as 30%, where a search had several; each of them if not given."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(TargetConfig, RunConfig, DataConfig):
+    """Evaluate a saved network. Data, seed and precision are those of its run where they are not given."""
 
     checkpoint: str
     """A run folder, or its export folder."""
 
+    data: str | None = None
+    """`digits`, or a data set as timm names it (ofb train --help); that of the run if not given, with its folder."""
+
     split: Literal["val", "test"] = "test"
-    """Images to evaluate on: held-out training images, or those of --test-split."""
+    """Images to evaluate on: those that chose the best epoch, or those that only report."""
+
+    def __post_init__(self) -> None:
+        self.names_data = self.data is not None or self.data_dir is not None  # before the digits take their place
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
-class ProfileConfig:
+class ProfileConfig(TargetConfig):
     """Show MACs, parameters and milliseconds of a network's layers; for a search, beside those of the dense network."""
 
     network: str
@@ -52,7 +70,7 @@ class CompletionConfig:
 
 
 @dataclass(kw_only=True)
-class ExportConfig:
+class ExportConfig(TargetConfig):
     """Write a saved network as one file that runs elsewhere, and put it on the Hugging Face hub."""
 
     checkpoint: str
@@ -63,7 +81,7 @@ class ExportConfig:
     network before it is written."""
 
     output: str | None = None
-    """File to write; model.onnx or model.pt2 beside the network if not given."""
+    """File to write, of one network; model.onnx or model.pt2 beside each network if not given."""
 
     push_to_hub: str | None = None
     """Repository USER/NAME on the Hugging Face hub to put the network into, with the files beside it and a model card

@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ofb.engine.run_folder import CONFIG_FILE, EXPORT_FOLDER, FIGURES_FILE
+from ofb.engine.run_folder import CONFIG_FILE, FIGURES_FILE, run_of
 from ofb.engine.untrusted import parse_json, parse_yaml
 from ofb.export.entry_point import NAME
 from ofb.export.folder import ARCHITECTURE
@@ -69,10 +69,9 @@ def _card(folder: Path, repository: str) -> str:
 
 def _run(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """Options of the run the network comes from, and figures of the dense network and this one; empty if unknown."""
-    export = next((each for each in (folder.resolve(), folder.resolve().parent) if each.name == EXPORT_FOLDER), None)
-    if export is None or not (export.parent / CONFIG_FILE).is_file():
+    run = run_of(folder)
+    if run is None:
         return {}, {}
-    run = export.parent
     options, figures = parse_yaml((run / CONFIG_FILE).read_text()), {}
     if (run / FIGURES_FILE).is_file():
         found = parse_json((run / FIGURES_FILE).read_text())

@@ -15,10 +15,13 @@ from ofb.engine.run_folder import (
     IMPORTANCE_FILE,
     METRICS_FILE,
     RECONSTRUCTION_FILE,
+    command_of,
+    resume_command,
 )
 from ofb.engine.untrusted import parse_json, parse_yaml
 from ofb.export.folder import ARCHITECTURE
 
+FINISHED = "finished"
 SO_FAR = "so far"  # the name of what an unfinished search has come to
 
 Sizes = Mapping[str, list[int]]  # [heads, channels] of each submodule
@@ -100,12 +103,27 @@ class Run:
     def state(self) -> str:
         """How far the run is, in words."""
         if self.figures:
-            return "finished"
+            return FINISHED
         if not self.metrics:
             return "no epoch is finished yet"
         stage, done = self.metrics[-1]["stage"], self.metrics[-1]["epoch"] + 1
         epochs = self.config.get("finetune_epochs" if stage.startswith("finetune") else "epochs", "?")
         return f"{done} of {epochs} epochs of stage {stage} are done"
+
+
+def how_to_finish(folder: str | Path) -> str:
+    """How far a run is, and the command that goes on with it; "" where it is finished or no command started it.
+
+    Raises:
+        ValueError: there is no run, or a file of it is damaged.
+    """
+    run = Run.read(folder)
+    try:
+        if run.state == FINISHED or not run.config:
+            return ""
+        return f"{run.state}; continue with: {resume_command(command_of(run.config), folder)}"
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"run: {folder} holds files that this package did not write: {error!r}") from error
 
 
 def _full(submodule: Mapping[str, Any]) -> list[int]:
