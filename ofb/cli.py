@@ -82,7 +82,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(command: str, args: Sequence[str]) -> int:
     """Run a command with its options; its help needs neither torch nor the other processes of a job."""
-    check_extras("tyro")
     if {"-h", "--help"} & set(args):
         print(help_text(command, COMMANDS[command]), flush=True)
         return 0
@@ -140,6 +139,7 @@ def parse(command: str, args: Sequence[str], restarted: bool = False) -> Any:
 
 def print_completion(shell: str) -> None:
     """The completion script of a shell."""
+    check_extras("tyro")
     import tyro
 
     commands = (Annotated[cls, tyro.conf.subcommand(name, description=cls.__doc__)] for name, cls in COMMANDS.items())

@@ -103,13 +103,9 @@ def test_submodules_in_the_order_of_the_network(supernet):
     assert sorted(in_order(with_tokens)) == sorted(with_tokens.bimasks)
 
 
-def test_losses_that_are_switched_off():
-    supernet = ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4, one_hot_delay=0.5)
-    history = History(supernet)
-    assert history.switched_off() == {"one_hot", "reconstruction"}
-    supernet.steps = 4  # the last step was the one before it sets in
-    assert history.switched_off() == {"one_hot", "reconstruction"}
-    supernet.steps = 5
-    assert history.switched_off() == {"reconstruction"}
-    options = {"one_hot_delay": 0.0, "mask_ratio_end": 0.5, "macs_weight": 0.0}
-    assert History(ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4, **options)).switched_off() == {"macs"}
+def test_losses_that_say_nothing_are_not_shown():
+    supernet = ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4)
+    assert History(supernet).unshown() == {"loss", "one_hot", "reconstruction"}
+    options = {"mask_ratio_end": 0.5, "macs_weight": 0.0}
+    others = ofb.Supernet(tiny_vit(), epochs=2, steps_per_epoch=4, **options)
+    assert History(others).unshown() == {"loss", "one_hot", "macs"}

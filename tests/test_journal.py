@@ -39,13 +39,15 @@ def test_a_line_can_be_read(tmp_path, monkeypatch, capsys):
     """Losses that are off are left out, those that are tiny or huge need no exponent; the file has everything."""
     monkeypatch.setenv("COLUMNS", "80")
     losses = {"loss": 532.06, "classification": 1.15, "one_hot": 1e-9, "macs": 5.8e-6, "reconstruction": 0.0}
-    figures = {"val_top1": 98.333, "val_top5": 100.0, "val_loss": 123456.7, "expected_params": 13300.0, "alive": 45}
-    with Journal(config(tmp_path, epochs=20), "search", switched_off=lambda: {"reconstruction", "one_hot"}) as journal:
+    figures = {"val_top1": 98.333, "val_top5": 100.0, "val_loss": 123456.7, "expected_params": 13300.0}
+    figures |= {"decided": 0.714, "alive": 45}
+    unshown = {"reconstruction", "one_hot", "loss"}
+    with Journal(config(tmp_path, epochs=20), "search", unshown=lambda: unshown) as journal:
         journal.record(9, losses | figures)
     assert capsys.readouterr().out.splitlines() == [
-        "search 10/20  loss 532.1  classification 1.150  budget <0.001",
+        "search 10/20  classification 1.150  budget <0.001",
         "  val top-1 98.33 %, top-5 100.00 %, loss 123457  expected 13.3 K parameters",
-        "  alive 45",
+        "  decided 71 %  candidates alive 45",
     ]
     assert entries(tmp_path) == [{"stage": "search", "epoch": 9, **losses, **figures}]
 
@@ -110,10 +112,11 @@ def test_bar_shows_rate_time_left_losses_and_status(monkeypatch):
     with Journal(config(None, epochs=3), "search", 1, lambda: status) as journal:
         batches, note = journal.progress(range(4), 4, "2/3")
         assert list(batches) == [0, 1, 2, 3]
-        note({"loss": 0.5, "one_hot": 2.25})
+        note({"classification": 0.5, "reconstruction": 2.25})
         journal.bar.refresh()
         shown = console.file.getvalue()
-    for words in ("search 2/3", "4/4", "8/12", "steps/s", "loss 0.5000  one-hot 2.250", *status, *status.values()):
+    losses = "classification 0.5000  reconstruction 2.250"
+    for words in ("search 2/3", "4/4", "8/12", "steps/s", losses, *status, *status.values()):
         assert words in shown, words
 
 

@@ -70,7 +70,7 @@ def test_wheel_holds_both_packages_and_their_data(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "command", "extra"),
     [
-        ("tyro", "search --help", "cli"),
+        ("tyro", "completion bash", "cli"),
         ("matplotlib", "search --data-dir nowhere", "cli"),
         ("matplotlib", "report nowhere", "cli"),
         ("sklearn", "train --epochs 1", "cli"),

@@ -86,3 +86,14 @@ def test_settling_waits_for_the_last_target():
     for _ in range(4):
         supernet.step()
     assert supernet.finished and count_macs(supernet.extract()) <= supernet.targets[1]["macs"]
+
+
+def test_decided_goes_from_nothing_to_everything():
+    """The mean of σ over the submodules: 0 where all sizes are equally likely, 1 where one is left."""
+    supernet = make_supernet(architecture_init="equal")
+    assert supernet.decided() < 1e-6
+    first = next(iter(supernet.bimasks.values()))
+    first.alpha.data.flatten()[0] = 50.0
+    assert abs(supernet.decided() - 1 / len(supernet.bimasks)) < 1e-6
+    supernet.finalize()
+    assert supernet.decided() == 1.0

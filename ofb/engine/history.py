@@ -120,15 +120,15 @@ class History:
             figures[f"pruned at step {self.latest[0]['step']}"] = ", ".join(pruned)
         return figures
 
-    def switched_off(self) -> set[str]:
-        """The losses that counted nothing in the last step."""
-        supernet, last_step = self.supernet, max(0, self.supernet.steps - 1)
+    def unshown(self) -> set[str]:
+        """The losses that say nothing to a reader: those that count nothing, and the one-hot loss and the sum of all,
+        which its tangent carries away. How far the sizes are `decided` says what that loss achieves."""
+        supernet = self.supernet
         weights = {
-            "one_hot": supernet.one_hot_weight * supernet.course.sharpens(last_step),
             "macs": supernet.macs_weight,
             "reconstruction": supernet.masked_images is not None,
         }
-        return {name for name, weight in weights.items() if not weight}
+        return {"loss", "one_hot"} | {name for name, weight in weights.items() if not weight}
 
     def _remember(self) -> None:
         bimasks = self.supernet.bimasks

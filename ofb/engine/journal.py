@@ -19,7 +19,7 @@ from ofb.engine.terminal import items_in_lines
 from ofb.engine.trackers import TensorBoard, WeightsAndBiases
 from ofb.supernet.targets import UNITS, describe_amount
 
-NAMES = {"one_hot": "one-hot", "macs": "budget", "top1": "top-1", "top5": "top-5"}
+NAMES = {"macs": "budget", "alive": "candidates alive", "top1": "top-1", "top5": "top-5"}
 Item = TypeVar("Item")
 Note = Callable[[Mapping[str, float]], None]
 
@@ -53,7 +53,7 @@ class Journal:
         stage: "train", "search" or "finetune".
         start_epoch: the epoch the stage starts or resumes at.
         status: gives figures to show below the bar beside the losses; called now and then while someone watches.
-        switched_off: gives the names of losses that count nothing at present, and are not shown.
+        unshown: gives the names of losses that are written and not shown at present.
 
     Raises:
         ValueError: Weights & Biases does not start.
@@ -65,10 +65,10 @@ class Journal:
         stage: str,
         start_epoch: int = 0,
         status: Callable[[], Mapping[str, object]] = dict,
-        switched_off: Callable[[], Collection[str]] = tuple,
+        unshown: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self.stage, self.epochs, self.epoch = stage, config.epochs, start_epoch
-        self.status, self.switched_off = status, switched_off
+        self.status, self.unshown = status, unshown
         folder = Path(config.output) if config.output is not None and is_main() else None
         self.metrics = Entries(folder and folder / METRICS_FILE, stage)
         self.history = Entries(folder and folder / HISTORY_FILE, stage)
@@ -136,7 +136,7 @@ class Journal:
 
     def _items(self, figures: Mapping[str, object]) -> list[str]:
         """The figures in words, those of the validation images as one item."""
-        off, items = self.switched_off(), []
+        off, items = self.unshown(), []
         shown = ((key, value) for key, value in figures.items() if key not in off)
         for is_val, group in groupby(shown, lambda figure: figure[0].startswith("val_")):
             words = [_item(key.removeprefix("val_"), value) for key, value in group]
@@ -149,8 +149,12 @@ def _item(key: str, value: object) -> str:
     kind = key.removeprefix("expected_")
     if kind != key and kind in UNITS:
         return f"expected {describe_amount(kind, value)}"
-    if isinstance(value, float):
-        value = f"{value:.2f} %" if key in ("top1", "top5") else _loss(value)
+    if key in ("top1", "top5"):
+        value = f"{value:.2f} %"
+    elif key == "decided":
+        value = f"{100 * value:.0f} %"
+    elif isinstance(value, float):
+        value = _loss(value)
     return f"{NAMES.get(key, key)} {value}"
 
 

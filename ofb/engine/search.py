@@ -308,7 +308,7 @@ def _train_supernet(
             passed, following, *_ = config.all_targets()[len(found) - 1 :]
             print(f"{passed}: its network is taken after epoch {epoch + 1}; on to {following}", flush=True)
 
-    with Journal(config, "search", stage.epoch, history.status, history.switched_off) as journal:
+    with Journal(config, "search", stage.epoch, history.status, history.unshown) as journal:
         if not stage.resumed:
             journal.record_history(-1, history)
         pictured = images_to_rebuild(supernet, val_loader)
@@ -356,7 +356,8 @@ def _figures(supernet: Supernet, val_loader: Loader, config: SearchConfig) -> di
     figures = {f"val_{name}": value for name, value in evaluate(supernet, val_loader, config).items()}
     figures |= {f"expected_{kind}": cost for kind, cost in supernet.expected_costs().items()}
     alive = supernet.alive_candidates()
-    return figures | {"alive": sum(alive.values()), "alive_candidates": alive}
+    decided = {"decided": supernet.decided(), "alive": sum(alive.values())}
+    return figures | decided | {"alive_candidates": alive}
 
 
 def _rank_scores(supernet: Supernet, train_loader: Loader, config: SearchConfig, device: torch.device) -> None:

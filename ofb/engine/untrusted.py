@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from ofb.engine.extras import check_extras
+
 MOST_NESTED = 32  # levels of YAML, whose reader takes long for more
 
 
@@ -25,6 +27,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: it is none, is nested too deeply, or has an alias.
         ModuleNotFoundError: PyYAML is not installed.
     """
+    check_extras("yaml")
     import yaml
 
     try:

@@ -69,12 +69,17 @@ def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
     log_p = logits.log_softmax(1).clamp(min=LOG_PROBABILITY_FLOOR)
     p = log_p.exp() * alive
     n = alive.sum(1)
-    share = 1 / n
     entropy = -(p * log_p).sum(1)
-    sigma = ((p - share[:, None]).square() * alive).sum(1) / (1 - share).clamp(min=SIGMA_MARGIN)
-    sigma = sigma.clamp(SIGMA_MARGIN, 1 - SIGMA_MARGIN)
-    losses = entropy + share * torch.tan(math.pi / 2 - math.pi * sigma)
+    sigma = one_hotness(p, alive).clamp(SIGMA_MARGIN, 1 - SIGMA_MARGIN)
+    losses = entropy + 1 / n * torch.tan(math.pi / 2 - math.pi * sigma)
     return torch.where(n > 1, losses, torch.zeros_like(losses))
+
+
+def one_hotness(p: Tensor, alive: Tensor) -> Tensor:
+    """σ (S,) of the adaptive one-hot loss: 1 if and only if p is one-hot, 0 if and only if it is uniform over several
+    candidates; p and alive (S, K)."""
+    share = 1 / alive.sum(1)
+    return ((p - share[:, None]).square() * alive).sum(1) / (1 - share).clamp(min=SIGMA_MARGIN)
 
 
 def budget_loss(expected: Tensor, goals: Tensor, dense: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.families.tokens import kept_patches, search_tokens
 from ofb.supernet.goals import Goals
 from ofb.supernet.latency import LatencyTable
-from ofb.supernet.losses import Criterion, Losses
+from ofb.supernet.losses import Criterion, Losses, one_hotness
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, keep_units
@@ -344,6 +344,15 @@ class Supernet(nn.Module):
     def expected_macs(self) -> float:
         """F(p), the expected MACs of the network."""
         return self.expected_costs()["macs"]
+
+    @torch.no_grad()
+    def decided(self) -> float:
+        """How near the probabilities of the sizes are to one-hot, the mean of σ over the submodules: from 0, all sizes
+        equally likely, to 1, every size final."""
+        bimasks = self.bimasks.values()
+        open_ones = [(each.probabilities().flatten(), each.alive.flatten()) for each in bimasks if not each.final]
+        sigmas = [float(one_hotness(p[None], alive[None])) for p, alive in open_ones]
+        return (sum(sigmas) + len(bimasks) - len(sigmas)) / len(bimasks)
 
     def alive_candidates(self) -> dict[str, int]:
         """How many candidates each submodule has left."""
