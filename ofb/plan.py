@@ -86,8 +86,14 @@ def _packed(figures: Iterable[str], room: int) -> list[str]:
 
 def _data(config: TrainingConfig) -> str:
     if config.data_dir is None or not config.data:
-        return config.data_dir or config.data
-    return f"{config.data} in {config.data_dir}"
+        return _near(config.data_dir) if config.data_dir else config.data
+    return f"{config.data} in {_near(config.data_dir)}"
+
+
+def _near(path: str) -> str:
+    """A path as it is from here, where it is below."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _images(loaders: Loaders, model: nn.Module) -> str:
@@ -112,7 +118,7 @@ def _model(config: TrainingConfig, model: nn.Module) -> str:
 
 def _start(config: TrainingConfig) -> str:
     if config.checkpoint is not None:
-        return f"weights of {config.checkpoint}"
+        return f"weights of {_near(config.checkpoint)}"
     if config.pretrained:
         return "pretrained weights of timm"
     return "random weights: neither --pretrained nor --checkpoint is given"
@@ -130,7 +136,7 @@ def _teacher(config: TrainingConfig, model: nn.Module, teacher: nn.Module | None
         return "none: --distillation None"
     if teacher is None:
         return "none"
-    name = "the network that the search starts from" if teacher is model else config.teacher
+    name = "the network that the search starts from" if teacher is model else _near(config.teacher)
     return f"{name} ({'soft' if config.distillation == 'auto' else config.distillation})"
 
 
