@@ -1,4 +1,4 @@
-"""Patches as a product: on a GPU it takes the place of the convolution that embeds them, and computes the same."""
+"""Layers under masks that the families share: patches as a product, and linear layers as they are."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ofb.supernet.families.layers import patch_embeddings, project_patches
+from ofb.supernet.families.layers import linear, patch_embeddings, project_patches
 from ofb_kernels import use_backend
 from tests.common import tiny_swin, tiny_vit
 
@@ -97,3 +97,15 @@ def test_other_projections_stay_as_they_are(proj):
     model = tiny_vit()
     model.patch_embed.proj = proj
     assert operators(model, "cuda") == {CONVOLUTION}
+
+
+def test_a_linear_layer_with_its_own_forward_keeps_it():
+    """Such as a low-rank adapter's: what it adds must not be lost in the search."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    plain, doubled, x = nn.Linear(6, 5), Doubled(6, 5), torch.randn(3, 6)
+    torch.testing.assert_close(linear(plain, x), plain(x))
+    torch.testing.assert_close(linear(doubled, x), doubled(x))
