@@ -194,7 +194,7 @@ def halve(supernet: Supernet, optimizer: torch.optim.Optimizer | None = None) ->
     supernet.prune(optimizer)
 
 
-def shrink(supernet: Supernet, optimizer: torch.optim.Optimizer) -> None:
+def shrink(supernet: Supernet, optimizer: torch.optim.Optimizer | None = None) -> None:
     """A pruning event in which every open submodule shrinks by one size, in channels as long as there is a choice, then
     in heads; all smaller candidates are left alive."""
     for bimask in supernet.bimasks.values():

@@ -25,7 +25,7 @@ from benchmarks.measure import (
     write_csv,
 )
 from benchmarks.ops import PASSES, cases, forms_of, pass_of
-from benchmarks.step import VARIANTS, halve, make_network, make_step, make_steps
+from benchmarks.step import VARIANTS, halve, make_network, make_step, make_steps, shrink, timm_model
 from ofb import Supernet
 from ofb.supernet.families import count_macs
 
@@ -178,3 +178,15 @@ def test_steps_of_several_processes_stand_side_by_side():
     assert {each["pass"] for each in found} == {"step"}
     shown = [(each["variant"], each["over_base"]) for each in found]
     assert shown == [("x", "0.6"), ("dense", "1.0"), ("triton", "1.9"), ("triton", "0.5")]
+
+
+def test_every_open_submodule_shrinks_and_keeps_all_smaller_sizes():
+    """Otherwise a search on the clock would change one shape at an event, and no compiler had much to do."""
+    supernet = Supernet(timm_model("tiny"), target="40%", backend="eager")
+    for _ in range(3):
+        before = {name: (bimask.candidates, int(bimask.alive.sum())) for name, bimask in supernet.bimasks.items()}
+        shrink(supernet)
+        for name, bimask in supernet.bimasks.items():
+            (heads, channels), alive = (before[name][0].heads, before[name][0].channels), before[name][1]
+            assert (bimask.candidates.heads, bimask.candidates.channels) == (heads, channels[:-1]), name
+            assert int(bimask.alive.sum()) >= alive - len(heads), "only the largest died"
