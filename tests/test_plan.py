@@ -231,7 +231,10 @@ def test_seconds_in_words(seconds, words):
 def test_each_stage_says_once_how_long_it_takes(here, capsys):
     command = f"{SEARCH} --checkpoint dense --targets 60%,40% --epochs 4 --settling 0 --output told"
     assert main(command.split()) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about ")]
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith(("report:", "run folder")))
+    # what does not fit goes on below, indented
+    lines = [line for line in shown.replace("\n  ", " ").splitlines() if line.startswith("about ")]
     assert [line.partition(" for ")[2].partition(";")[0].partition(",")[0] for line in lines] == [
         "3 epochs of search",
         "1 epoch of fine-tuning to 60%",

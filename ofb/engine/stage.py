@@ -180,7 +180,7 @@ class Stage:
         epochs, later = self.config.epochs - self.epoch, self.later_epochs
         if self.tells and epochs:
             steps = epochs * self.steps_per_epoch - self.batches, later * self.steps_per_epoch
-            print(describe_estimate(self.clock, self.name, steps, (epochs, later)), flush=True)
+            print(in_lines(describe_estimate(self.clock, self.name, steps, (epochs, later))), flush=True)
 
     def _stop_if_asked(self) -> None:
         number = 0 if self.requests is None else self.requests.asked()

@@ -7,7 +7,7 @@ from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype, present
-from ofb_kernels.ops.masked_layer_norm import like, width_limit
+from ofb_kernels.ops.masked_layer_norm import gradient_like, width_limit
 from ofb_kernels.rows import as_rows, count_rows
 
 
@@ -140,7 +140,7 @@ def _autograd_backward(ctx, grad_stream, grad_out, _grad_mean, _grad_rstd):
     )
     vectors = None, None, None  # where only the stream was used, the norm's vectors have no gradient
     if grad_out is not None:
-        vectors = grad_weight.to(weight.dtype), like(bias, grad_bias), like(mask, grad_mask)
+        vectors = grad_weight.to(weight.dtype), gradient_like(bias, grad_bias), gradient_like(mask, grad_mask)
     return grad_x.to(ctx.x_dtype), grad_branch, grad_branch_mask.to(branch_mask.dtype), None, *vectors, None, None
 
 

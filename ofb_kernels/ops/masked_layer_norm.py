@@ -112,10 +112,11 @@ def _autograd_backward(ctx, grad_out, _grad_mean, _grad_rstd):
     grad_x, (grad_weight, grad_bias, grad_mask) = torch.ops.ofb_kernels.masked_layer_norm_backward(
         grad_out, x, weight, bias, mask, mean, rstd, ctx.eps
     )
-    return grad_x, grad_weight.to(weight.dtype), like(bias, grad_bias), like(mask, grad_mask), None, None
+    vectors = grad_weight.to(weight.dtype), gradient_like(bias, grad_bias), gradient_like(mask, grad_mask)
+    return grad_x, *vectors, None, None
 
 
-def like(vector: Tensor | None, gradient: Tensor) -> Tensor | None:
+def gradient_like(vector: Tensor | None, gradient: Tensor) -> Tensor | None:
     """The gradient in its vector's dtype; none for a vector that was not given."""
     return None if vector is None else gradient.to(vector.dtype)
 

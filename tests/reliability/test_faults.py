@@ -4,8 +4,9 @@ A full or read-only disk, a damaged checkpoint, memory that runs out, a process 
 clock that is wrong, options or code that changed: one line says what happened and what to do, nothing is half written,
 and once the trouble is gone the run goes on and ends with the network it would have found anyway, to the bit.
 
-What may change when a run is resumed, beside what it computes on: {free}. Anything else is an error, other versions of
-this package, torch or timm among them unless `--allow-other-code` says that they compute the same.
+What may change when a run is resumed, beside what it computes on: {free}. Anything else is an error, but for a
+folder that has moved. Other versions of this package, torch or timm are one too, unless `--allow-other-code` says that
+they compute the same.
 
 Images that cannot be read, and processes of a job that die, are in `tests/test_readable.py` and
 `tests/test_distributed.py`.
