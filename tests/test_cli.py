@@ -175,7 +175,7 @@ def test_mistakes_are_told_in_one_line(command, message, tmp_path, monkeypatch, 
     [
         ("search --epohcs 3", "arguments: expected ofb search [OPTIONS], got --epohcs; did you mean --epochs?"),
         ("search --no-ampp", "got --no-ampp; did you mean --amp?"),
-        ("train --epo 3", "got --epo; did you mean --epochs?"),
+        ("train --epoch 3", "got --epoch; did you mean --epochs?"),
         ("train --colour red", "got --colour; ofb train --help lists them"),
         ("train epochs 3", "got epochs; did you mean --epochs?"),
         ("evaluate one two", "arguments: expected ofb evaluate CHECKPOINT [OPTIONS], got two"),
