@@ -76,17 +76,25 @@ def launch_masked_linear(precision: Precision) -> Iterator[str]:
     for sizes in TIMED:
         x, weight = meta(sizes.rows, sizes.width, dtype=dtype), meta(sizes.hidden, sizes.width, dtype=dtype)
         _linear(x, weight, meta(sizes.hidden))
+    if dtype != torch.float32:
+        yield "float32 weights"
+        mask = meta(len(weight))
+        for each in (mask, None):
+            _linear(x, weight.float(), each, bias=mask)
     if precision.main_sizes_only:
         return
     yield "options"
     mask = meta(len(weight))
     for activation in ACTIVATIONS:
         _linear(x, weight, mask, activation=activation)
-    _linear(x, weight, mask, bias=False)
-    _linear(x, weight, mask, save_slope=False)
+    _linear(x, weight, mask, bias=None)
+    _linear(x, weight, mask, keep=False)
     if dtype != torch.float32:
         yield "16-bit mask"
         _linear(x, weight, mask.to(dtype))
+    yield "few rows"
+    for rows in (1, 197):
+        _linear(x[:rows], weight, mask)
     yield "multiples of 8"
     pruned = [(sizes.rows, sizes.width, sizes.hidden) for sizes in PRUNED]
     for rows, inner, columns in (*pruned, (50_432, 384, 1000), (50_432, 328, 384)):
@@ -106,16 +114,17 @@ def launch_masked_linear(precision: Precision) -> Iterator[str]:
 def _linear(
     x: Tensor,
     weight: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     activation: str | None = "gelu",
-    bias: bool = True,
-    save_slope: bool = True,
+    bias: Tensor | None | str = "of x's dtype",
+    keep: bool = True,
 ) -> None:
-    bias = mask.to(x.dtype) if bias else None
-    out, slope = masked_linear.forward(x, weight, bias, mask, activation, save_slope)
-    if save_slope:
+    bias = mask.to(x.dtype) if isinstance(bias, str) else bias
+    out, slope, folded = masked_linear.forward(x, weight, bias, mask, activation, keep)
+    if keep:
         grad, sums = masked_linear.backward(out, slope, activation)
-        fold.linear_gradients(grad, sums, x, weight, bias, mask, (True, True))
+        fold.data_gradient(grad, x, weight, folded, mask)
+        fold.parameter_gradients(grad, sums, x, weight, bias, mask)
 
 
 def launch_masked_mlp(precision: Precision) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Every op in its fastest plain PyTorch form, for any device: the mask goes into the weights, attention into SDPA.
+"""Every op in its fastest plain PyTorch form, for any device: the mask goes into the weights where rows are many,
+attention into SDPA.
 
 Same arguments as in reference.py. These are the formulations a good engineer writes by hand; they compile, and they
 are what the Triton kernels have to beat.
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ofb_kernels import reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
-from ofb_kernels.rows import as_rows
+from ofb_kernels.rows import as_rows, few_rows
 
 
 def bimask(
@@ -34,6 +36,8 @@ def masked_linear(
 ) -> Tensor:
     if mask is None:
         return ACTIVATIONS[activation](F.linear(x, weight, bias))
+    if few_rows(x):
+        return reference.masked_linear(x, weight, bias, mask, activation)
     folded_weight = (weight * mask[:, None]).to(weight.dtype)
     folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
     return ACTIVATIONS[activation](F.linear(x, folded_weight, folded_bias))

@@ -1,12 +1,13 @@
-"""Layers under masks that the families share: patches as a product, and linear layers as they are."""
+"""Layers under masks that the families share: patches as a product, linear layers as they are, drop path."""
 
 import pytest
 import torch
+from timm.layers import DropPath, RmsNorm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ofb.supernet.families.layers import linear, patch_embeddings, project_patches
+from ofb.supernet.families.layers import add_norm, drop_path_scales, linear, patch_embeddings, project_patches
 from ofb_kernels import use_backend
 from tests.common import tiny_swin, tiny_vit
 
@@ -109,3 +110,23 @@ def test_a_linear_layer_with_its_own_forward_keeps_it():
     plain, doubled, x = nn.Linear(6, 5), Doubled(6, 5), torch.randn(3, 6)
     torch.testing.assert_close(linear(plain, x), plain(x))
     torch.testing.assert_close(linear(doubled, x), doubled(x))
+
+
+def test_drop_path_keeps_samples_with_its_probability():
+    """One draw for all modules; those that keep everything, or are not training, have no scale."""
+    drops = [nn.Identity(), DropPath(0.1), DropPath(0.0), DropPath(0.6), DropPath(0.3).eval()]
+    first, few, zero, many, evaluated = drop_path_scales(drops, torch.zeros(20_000, 1))
+    assert first is None and zero is None and evaluated is None
+    for scale, keep in ((few, 0.9), (many, 0.4)):
+        assert torch.equal(scale.unique(), torch.tensor([0.0, 1 / keep]))
+        assert abs(scale.mean() - 1) < 5 * ((1 - keep) / keep / 20_000) ** 0.5  # five standard errors
+
+
+def test_add_norm_drops_the_branches_of_samples():
+    x, branch, scale = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.tensor([0.0, 2.0, 1.0])
+    mask, expected = torch.rand(8), x.clone()
+    expected += scale[:, None, None] * branch * mask
+    for norm in (nn.LayerNorm(8), RmsNorm(8)):
+        stream, normalized = add_norm(x, branch, nn.Identity(), scale, mask, norm, None)
+        torch.testing.assert_close(stream, expected)
+        torch.testing.assert_close(normalized, norm(expected))

@@ -307,6 +307,23 @@ def test_opcheck(device):
     torch.library.opcheck(ops.masked_attention_backward_bias.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_with_the_projection(bias, dtype, device):
+    """Weights in float32, as under autocast, or in the activations' dtype."""
+    x = torch.randn(2, 5, 7, device=device, dtype=dtype)
+    weight, mask = torch.randn(36, 7, device=device), torch.rand(2, 6, device=device)
+    inputs = (x, weight, torch.randn(36, device=device) if bias else None, mask)
+    op, backward = torch.ops.ofb_kernels.masked_qkv_attention, torch.ops.ofb_kernels.masked_qkv_attention_backward
+    for attention_bias in (None, torch.randn(2, 2, 5, 5, device=device)):
+        leaves = [each if each is None else each.clone().requires_grad_() for each in (*inputs, attention_bias)]
+        torch.library.opcheck(op.default, (*leaves[:4], 0.3, leaves[4], True))
+        results = op(*inputs, 0.3, attention_bias, True)
+        for needs in ((True, True), (True, False), (False, True)):
+            arguments = (torch.randn_like(results[0]), *inputs, attention_bias, *results, 0.3, *needs)
+            torch.library.opcheck(backward.default, arguments)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

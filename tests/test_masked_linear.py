@@ -150,16 +150,48 @@ def test_compiles_to_one_graph(backend, others, device):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [15, 2])  # many and few, beside 8 inner columns
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(bias, device):
-    inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, 6, torch.float32, device, bias).items()}
-    arguments = (inputs["x"], inputs["weight"], inputs.get("bias"), inputs["mask"], "gelu", True)
+def test_opcheck(bias, rows, dtype, masked, device):
+    inputs = {n: t.requires_grad_() for n, t in make_inputs((1, rows), 8, 6, torch.float32, device, bias).items()}
+    if not masked:
+        del inputs["mask"]
+    x = inputs["x"].detach().to(dtype).requires_grad_()
+    arguments = (x, inputs["weight"], inputs.get("bias"), inputs.get("mask"), "gelu", True)
     torch.library.opcheck(torch.ops.ofb_kernels.masked_linear.default, arguments)
     tensors = [tensor if tensor is None else tensor.detach() for tensor in arguments[:4]]
-    grad_out, slope = torch.randn(3, 5, 6, device=device), torch.randn(15, 6, device=device)
+    out, *kept = torch.ops.ofb_kernels.masked_linear(*tensors, "gelu", True)
     for needs in ((True, True), (True, False), (False, True)):
-        backward = (grad_out, *tensors, slope, "gelu", *needs)
+        backward = (torch.randn_like(out), *tensors, *kept, "gelu", *needs)
         torch.library.opcheck(torch.ops.ofb_kernels.masked_linear_backward.default, backward)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_few_rows(backend, dtype, rows, activation, device):
+    """Fewer than the inner columns: the mask is on the output."""
+    inputs = make_inputs((rows,), 72, 40, dtype, device)
+    check_op(masked_linear, inputs, {"activation": activation}, backend, reduction=72)
+
+
+@pytest.mark.parametrize(("rows", "folded"), [(1, False), (32, False), (512, True), (50_432, True)])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_mask_goes_where_fewer_bytes_are(backend, rows, folded, device):
+    """Into the weight (8, 384), or onto the output (rows, 8)."""
+    inputs = {n: t.requires_grad_() for n, t in make_inputs((rows,), 384, 8, torch.float32, device).items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = masked_linear(**inputs, backend=backend)
+    weight = inputs["weight"]
+    others = [each for each in kept if sorted(each.shape) == [8, 384] and each.data_ptr() != weight.data_ptr()]
+    assert bool(others) == folded
+    out.sum().backward()
+    expected = torch.autograd.grad(masked_linear(**inputs, backend="reference").sum(), list(inputs.values()))
+    for leaf, gradient in zip(inputs.values(), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,12 @@ def test_norms_of_multiples_of_8_are_read_in_full_width(compiled):
     assert narrow == []
 
 
+def test_folded_weights_of_multiples_of_8_are_read_in_full_width(compiled):
+    folds = [row for row in compiled if row["kernel"].startswith("fold.") and label_of(row) == "multiples of 8"]
+    assert {row["kernel"] for row in folds} == {"fold._fold_kernel", "fold._unfold_kernel"}
+    assert [row for row in folds if row["access"] < 16] == []
+
+
 def test_attention_streams_multiples_of_8(compiled):
     """Heads of 24, 40, 56 channels come 16 bytes at a time and ahead of their use, like those of 64."""
     half = [row for row in compiled if row["kernel"] in ATTENTION_KERNELS and row["dtype"] != "float32"]

@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.common import accumulator_dtype, on_device_of, unit_rows
+from ofb_kernels.kernels.common import (
+    accumulator_dtype,
+    hidden_multiple,
+    known_multiple,
+    on_device_of,
+    unit_rows,
+)
 
 BLOCK_M = 32
 
@@ -34,7 +40,8 @@ def _launch(matrix: Tensor, dtype: torch.dtype, steps: int, BLOCK_N: int) -> Ten
     sums = matrix.new_empty((chunks, columns), dtype=dtype)
     _column_sums_kernel[(triton.cdiv(columns, BLOCK_N), chunks)](
         matrix, sums, rows, columns, matrix.stride(0), steps,
-        ACCUMULATOR=accumulator_dtype(matrix), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+        MULTIPLE=hidden_multiple(columns, matrix.stride(0)), ACCUMULATOR=accumulator_dtype(matrix),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
     )  # fmt: skip
     return sums
 
@@ -43,9 +50,10 @@ def _launch(matrix: Tensor, dtype: torch.dtype, steps: int, BLOCK_N: int) -> Ten
 def _column_sums_kernel(
     matrix_ptr, sums_ptr,
     rows, columns, stride, steps,
-    ACCUMULATOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N columns of one chunk."""
+    columns, stride = known_multiple(columns, MULTIPLE), known_multiple(stride, MULTIPLE)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)

@@ -1,7 +1,7 @@
 """The mask folded into a linear layer's weights, which are few where rows are many, and the way back.
 
-Forward:   W_f = W ⊙ m,   b_f = b ⊙ m
-Backward:  dW = dW_f ⊙ m,   db = db_f ⊙ m,   dm = Σ_k dW_f ⊙ W + db_f ⊙ b
+Forward:   W_f = W ⊙ m,   b_f = b ⊙ m, in the dtype of the product: one pass casts and folds
+Backward:  dW = dW_f ⊙ m,   db = db_f ⊙ m,   dm = Σ_k dW_f ⊙ W + db_f ⊙ b, in the dtypes of W, b and m
 """
 
 import torch
@@ -9,42 +9,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.common import accumulator_dtype, on_device_of
+from ofb_kernels.kernels.column_sums import column_sums
+from ofb_kernels.kernels.common import accumulator_dtype, hidden_multiple, known_multiple, on_device_of
+from ofb_kernels.rows import few_rows
 
 BLOCKS = dict(BLOCK_N=4, BLOCK_K=256, num_warps=4)
+# cuBLAS writes its float32 accumulator as it is since torch 2.8.
+_WRITES_ACCUMULATOR = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 
-def linear_gradients(
-    grad: Tensor, sums: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, needs: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and mask of u = (x Wᵀ + b) ⊙ m; those that nobody needs are empty.
+def fold(weight: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """W ⊙ m (N, K) and b ⊙ m (N,) in `dtype`, contiguous. Without a mask W and b, untouched if they have that dtype."""
+    if mask is None and weight.dtype == dtype:
+        return weight, bias
+    columns, inner = weight.shape
+    folded_weight = weight.new_empty((columns, inner), dtype=dtype)
+    folded_bias = None if bias is None else bias.new_empty(columns, dtype=dtype)
+    weight, bias, mask = (None if each is None else each.contiguous() for each in (weight, bias, mask))
+    if columns > 0:
+        grid = triton.cdiv(columns, BLOCKS["BLOCK_N"]), max(1, triton.cdiv(inner, BLOCKS["BLOCK_K"]))
+        with on_device_of(weight):
+            _fold_kernel[grid](
+                weight, bias, mask, folded_weight, folded_bias, columns, inner,
+                MULTIPLE=hidden_multiple(inner), ACCUMULATOR=accumulator_dtype(weight), **BLOCKS,
+            )  # fmt: skip
+    return folded_weight, folded_bias
+
+
+def data_gradient(grad: Tensor, x: Tensor, weight: Tensor, folded: Tensor, mask: Tensor | None) -> Tensor:
+    """dx (M, K) of u = (x Wᵀ + b) ⊙ m from du (M, N); `folded` is what the forward multiplied x with, empty for W."""
+    if mask is not None and few_rows(x):
+        grad = (grad * mask).to(grad.dtype)
+    return grad @ (folded if folded.shape == weight.shape else weight)
+
+
+def parameter_gradients(
+    grad: Tensor, sums: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, bias and mask of u = (x Wᵀ + b) ⊙ m, each in its own dtype; empty of what is None.
 
     Args:
         grad: du (M, N).
-        sums: Σ_rows du (N,) in accumulator precision.
+        sums: Σ_rows du (N,) in accumulator precision, None if it is yet to be summed.
         x: (M, K).
         weight: (N, K).
         bias: (N,) or None.
-        mask: (N,).
-        needs: whether x's gradient is needed, and whether any of the others is.
+        mask: (N,) or None.
     """
-    grad_x = grad @ fold(weight, mask) if needs[0] else x.new_empty(0)
-    if needs[1]:
-        return grad_x, *unfold(grad.t() @ x, sums, weight, bias, mask)
-    return grad_x, *(each.new_empty(0) for each in (weight, weight, mask))
+    grad_weight = _weight_gradient(grad, x, weight.dtype)
+    if sums is None and not (mask is None and bias is None):
+        sums = column_sums(grad, None if mask is not None else bias.dtype)
+    if mask is not None:
+        return unfold(grad_weight, sums, weight, bias, mask)
+    return grad_weight, weight.new_empty(0) if bias is None else sums.to(bias.dtype), weight.new_empty(0)
 
 
-def fold(weight: Tensor, mask: Tensor) -> Tensor:
-    """W ⊙ m (N, K) in W's dtype, contiguous."""
-    weight, mask = weight.contiguous(), mask.contiguous()
-    folded = torch.empty_like(weight)
-    columns, inner = weight.shape
-    if weight.numel() > 0:
-        with on_device_of(weight):
-            _fold_kernel[(triton.cdiv(columns, BLOCKS["BLOCK_N"]), triton.cdiv(inner, BLOCKS["BLOCK_K"]))](
-                weight, mask, folded, columns, inner, ACCUMULATOR=accumulator_dtype(weight), **BLOCKS
-            )
-    return folded
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradᵀ x (N, K) in `dtype`."""
+    straight = _WRITES_ACCUMULATOR and grad.is_cuda and grad.element_size() == 2 and dtype == torch.float32
+    if straight and grad.numel() > 0 and x.numel() > 0:
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    return (grad.t() @ x).to(dtype)
 
 
 def unfold(
@@ -56,40 +81,50 @@ def unfold(
     """
     grad_folded, weight, mask = grad_folded.contiguous(), weight.contiguous(), mask.contiguous()
     grad_weight, grad_mask = torch.empty_like(weight), torch.empty_like(mask)
-    grad_bias = weight.new_empty(0 if bias is None else len(bias))
+    grad_bias = weight.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     if mask.numel() > 0:
         columns, inner = weight.shape
         with on_device_of(weight):
             _unfold_kernel[(triton.cdiv(columns, BLOCKS["BLOCK_N"]),)](
                 grad_folded, sums.contiguous(), weight, None if bias is None else bias.contiguous(), mask,
                 grad_weight, grad_bias, grad_mask, columns, inner,
-                ACCUMULATOR=accumulator_dtype(weight), **BLOCKS,
+                MULTIPLE=hidden_multiple(inner), ACCUMULATOR=accumulator_dtype(weight), **BLOCKS,
             )  # fmt: skip
     return grad_weight, grad_bias, grad_mask
 
 
 @triton.jit
 def _fold_kernel(
-    weight_ptr, mask_ptr, folded_ptr,
+    weight_ptr, bias_ptr, mask_ptr, folded_weight_ptr, folded_bias_ptr,
     columns, inner,
-    ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """One program: BLOCK_N rows of the weight, BLOCK_K of their columns; with the first of these their biases."""
+    inner = known_multiple(inner, MULTIPLE)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     offsets = offsets_n.to(tl.int64)[:, None] * inner + offsets_k[None, :]
-    inside = (offsets_n < columns)[:, None] & (offsets_k < inner)[None, :]
-    mask = tl.load(mask_ptr + offsets_n, mask=offsets_n < columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
+    in_columns = offsets_n < columns
+    inside = in_columns[:, None] & (offsets_k < inner)[None, :]
     weight = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_N, BLOCK_K)
-    tl.store(folded_ptr + offsets, weight * mask[:, None], mask=inside)
+    if mask_ptr is not None:
+        weight *= tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)[:, None]
+    tl.store(folded_weight_ptr + offsets, weight, mask=inside)
+    if bias_ptr is not None and tl.program_id(1) == 0:
+        bias = tl.load(bias_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
+        if mask_ptr is not None:
+            bias *= tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)
+        tl.store(folded_bias_ptr + offsets_n, bias, mask=in_columns)
 
 
 @triton.jit
 def _unfold_kernel(
     grad_folded_ptr, sums_ptr, weight_ptr, bias_ptr, mask_ptr, grad_weight_ptr, grad_bias_ptr, grad_mask_ptr,
     columns, inner,
-    ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of the weight, whole."""
+    inner = known_multiple(inner, MULTIPLE)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = offsets_n < columns
     mask = tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)

@@ -1,14 +1,15 @@
-"""Masked linear layer: a product whose epilogue adds the bias, applies the mask and the activation.
+"""Masked linear layer: folded weights, and a product whose epilogue adds the bias and applies the activation.
 
-Forward:   u = (x Wᵀ + b) ⊙ m,   out = act(u),   slope = act'(u)
-Backward:  du = dout ⊙ slope and Σ_rows du here; the rest goes through the folded weights (fold.py), where the mask is
-           W_f = W ⊙ m: dx = du W_f, and dW_f = duᵀ x gives the gradients of W and m. No pass over rows sees the mask.
-The products have no epilogue to fuse and stay with cuBLAS. Without an activation nothing is kept, and du = dout.
+Forward:   u = x W_fᵀ + b_f,   out = act(u),   slope = act'(u), with W_f = W ⊙ m and b_f = b ⊙ m (fold.py)
+Backward:  du = dout ⊙ slope and Σ_rows du here; dx = du W_f, and dW_f = duᵀ x gives the gradients of W, b and m
+No pass over rows sees the mask, unless rows are few: then u = (x Wᵀ + b) ⊙ m in the epilogue, and dx = (du ⊙ m) W.
+Products without an activation have no epilogue to fuse and stay with cuBLAS; nothing is kept of them, and du = dout.
 
 The column sums are kept per program in float32 and added up by one reduction: no atomics, the same bits every time.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +25,7 @@ from ofb_kernels.kernels.common import (
     on_device_of,
     unit_rows,
 )
+from ofb_kernels.kernels.fold import fold
 from ofb_kernels.kernels.product import (
     GROUP_M,
     column_parts,
@@ -37,6 +39,7 @@ from ofb_kernels.kernels.product import (
     shared_bytes,
 )
 from ofb_kernels.kernels.tuning import run_configured
+from ofb_kernels.rows import few_rows
 
 # Tile sizes, warps and pipeline stages for each element size in bytes (8: interpreted only), the default first.
 FORWARD_CONFIGURATIONS = {
@@ -59,13 +62,39 @@ BACKWARD_CONFIGURATIONS = (
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None, save_slope: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and what the backward needs of it if `keep`.
+
+    Args:
+        x: (M, K).
+        weight: (N, K), of any dtype, as bias and mask are.
+        bias: (N,) or None.
+        mask: (N,), or None for a plain layer.
+        activation: a name `activate` knows, or None.
+        keep: whether a backward follows.
+
+    Returns:
+        out (M, N); slope (M, N), empty without an activation; what x was multiplied with (N, K), empty if it is W.
+    """
+    on_output = mask if few_rows(x) else None
+    folded_weight, folded_bias = fold(weight, bias, mask if on_output is None else None, x.dtype)
+    if activation is None:
+        out, slope = F.linear(x, folded_weight, folded_bias), x.new_empty(0, len(weight))
+        out = out if on_output is None else (out * on_output).to(x.dtype)
+    else:
+        out, slope = _with_activation(x, folded_weight, folded_bias, on_output, activation, keep)
+    return out, slope, folded_weight if keep and folded_weight is not weight else x.new_empty(0)
+
+
+def _with_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str, save_slope: bool
 ) -> tuple[Tensor, Tensor]:
-    """out (M, N), and slope (M, N) if `save_slope` and there is an activation, else empty; x (M, K), weight (N, K)."""
+    """act((x Wᵀ + b) ⊙ mask) and its slope, (M, N) each, the latter empty if it is not to be saved."""
     rows, inner = x.shape
     columns = weight.shape[0]
-    x, weight, mask = unit_rows(x), unit_rows(weight), mask.contiguous()
-    bias, save_slope = None if bias is None else bias.contiguous(), save_slope and activation is not None
+    x, weight = unit_rows(x), unit_rows(weight)
+    bias, mask = (None if each is None else each.contiguous() for each in (bias, mask))
     out = x.new_empty(rows, columns)
     slope = x.new_empty((rows, columns) if save_slope else (0, columns))
     multiple = hidden_multiple(columns, inner, x.stride(0), weight.stride(0))
@@ -99,10 +128,13 @@ def forward(
     return out, slope
 
 
-def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
-    """du (M, N) in grad_out's dtype, and Σ_rows du (N,) in accumulator precision; grad_out and slope (M, N)."""
+def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[Tensor, Tensor | None]:
+    """du (M, N) in grad_out's dtype, and Σ_rows du (N,) in accumulator precision; grad_out and slope (M, N).
+
+    Without an activation grad_out itself, and no sums yet.
+    """
     if activation is None:
-        return grad_out, column_sums(grad_out)
+        return grad_out, None
     rows, columns = slope.shape
     partial_dtype = torch.promote_types(slope.dtype, torch.float32)
     grad_out, grad = unit_rows(grad_out), torch.empty_like(slope)
@@ -185,11 +217,13 @@ def _store_part(
 
 @triton.jit
 def _masked(product, bias_ptr, mask_ptr, offsets_n, columns):
-    """u = (x Wᵀ + b) ⊙ m."""
+    """u = (x Wᵀ + b) ⊙ m, bias and mask where they are given."""
     in_columns = offsets_n < columns
     if bias_ptr is not None:
         product += tl.load(bias_ptr + offsets_n, mask=in_columns, other=0.0).to(product.dtype)[None, :]
-    return product * tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(product.dtype)[None, :]
+    if mask_ptr is not None:
+        product *= tl.load(mask_ptr + offsets_n, mask=in_columns, other=0.0).to(product.dtype)[None, :]
+    return product
 
 
 @triton.jit

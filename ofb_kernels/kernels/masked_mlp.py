@@ -53,7 +53,7 @@ PERSISTENT_BACKWARD_CONFIGURATIONS = (
 
 def backward(
     grad_out: Tensor, fc2_weight: Tensor, slope: Tensor, activation: str | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Gradients up to fc1's masked output.
 
     Args:
@@ -63,11 +63,10 @@ def backward(
         activation: a name `activate` knows.
 
     Returns:
-        du (M, N) in grad_out's dtype, and Σ_rows du (N,) in accumulator precision.
+        du (M, N) in grad_out's dtype, and Σ_rows du (N,) in accumulator precision, None without an activation.
     """
     if activation is None:
-        grad = grad_out @ fc2_weight
-        return grad, column_sums(grad)
+        return grad_out @ fc2_weight, None
     (rows, columns), inner = slope.shape, grad_out.shape[1]
     grad = torch.empty_like(slope)
     partial_dtype = torch.promote_types(slope.dtype, torch.float32)

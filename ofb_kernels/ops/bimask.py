@@ -9,6 +9,7 @@ from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_floating, check_shape
+from ofb_kernels.ops.library import library_op
 
 OP = "bimask"
 MOST_CANDIDATES = 4096  # the kernels hold all of a submodule's at once
@@ -92,7 +93,7 @@ def _with_dims(dims: int, tensor: Tensor) -> Tensor:
 
 
 def _triton(*arguments: Tensor) -> Tensor:
-    return torch.ops.ofb_kernels.bimask(*(argument.contiguous() for argument in arguments))[0]
+    return _forward(*(argument.contiguous() for argument in arguments))[0]
 
 
 def _pair(counts: object) -> tuple[Counts, Counts]:
@@ -152,7 +153,7 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-@torch.library.custom_op("ofb_kernels::bimask", mutates_args=())
+@library_op("bimask")
 def _forward(
     score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor, alive: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +168,7 @@ def _(score, alpha, head_counts, channel_counts, lam, alive):
     return torch.empty_like(score), ranks.new_empty(score.shape[:2]), ranks
 
 
-@torch.library.custom_op("ofb_kernels::bimask_backward", mutates_args=())
+@library_op("bimask_backward")
 def _backward(
     grad_mask: Tensor,
     score: Tensor,
@@ -198,7 +199,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, grad_mask, _grad_head_rank, _grad_channel_rank):
     if grad_mask is None:
         return (None,) * len(ctx.needs_input_grad)
-    grad_score, grad_alpha, grad_lam = torch.ops.ofb_kernels.bimask_backward(grad_mask, *ctx.saved_tensors)
+    grad_score, grad_alpha, grad_lam = _backward(grad_mask, *ctx.saved_tensors)
     return grad_score, grad_alpha, None, None, grad_lam if ctx.needs_input_grad[4] else None, None
 
 

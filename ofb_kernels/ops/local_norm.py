@@ -7,6 +7,7 @@ from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_eps, check_floating, check_shape
+from ofb_kernels.ops.library import library_op
 
 MOST_PLANES = 65535  # CUDA's limit on the second grid dimension
 
@@ -44,14 +45,14 @@ def local_norm(images: Tensor, window: int = 47, eps: float = 1e-6, backend: str
     if images.numel() == 0:  # which avg_pool2d takes in some dimensions only
         return torch.empty_like(images, memory_format=torch.contiguous_format)
     if chosen == "triton":
-        return torch.ops.ofb_kernels.local_norm(images, window, eps)
+        return _forward(images, window, eps)
     implementation = {"reference": reference, "eager": eager}[chosen].local_norm
     with without_autocast(images):
         values = images.to(torch.promote_types(images.dtype, torch.float32))
         return implementation(values, window, eps).to(images.dtype)
 
 
-@torch.library.custom_op("ofb_kernels::local_norm", mutates_args=())
+@library_op("local_norm")
 def _forward(images: Tensor, window: int, eps: float) -> Tensor:
     from ofb_kernels.kernels import local_norm as kernel
 

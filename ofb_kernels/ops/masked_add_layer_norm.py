@@ -7,6 +7,7 @@ from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype, present
+from ofb_kernels.ops.library import library_op
 from ofb_kernels.ops.masked_layer_norm import gradient_like, width_limit
 from ofb_kernels.rows import as_rows, count_rows
 
@@ -64,7 +65,7 @@ def masked_add_layer_norm(
     chosen = choose_backend(op, backend, present(x=x, branch=branch, mask=mask), width_limit(x.shape[-1]))
     if chosen == "triton":
         inputs = x, branch, branch_mask, sample_scale, weight, bias, mask
-        return torch.ops.ofb_kernels.masked_add_layer_norm(*inputs, eps, dtype)[:2]
+        return _forward(*inputs, eps, dtype)[:2]
     implementation = {"reference": reference, "eager": eager}[chosen]
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x):
@@ -75,7 +76,7 @@ def masked_add_layer_norm(
         return stream, implementation.masked_layer_norm(stream.to(wide), weight, bias, mask, eps).to(dtype)
 
 
-@torch.library.custom_op("ofb_kernels::masked_add_layer_norm", mutates_args=())
+@library_op("masked_add_layer_norm")
 def _forward(
     x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None,
     weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, dtype: torch.dtype,
@@ -95,7 +96,7 @@ def _(x, branch, branch_mask, sample_scale, weight, bias, mask, eps, dtype):
     return stream, x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("ofb_kernels::masked_add_layer_norm_backward", mutates_args=())
+@library_op("masked_add_layer_norm_backward")
 def _backward(
     grad_stream: Tensor | None, grad_out: Tensor | None, stream: Tensor, branch: Tensor, branch_mask: Tensor,
     sample_scale: Tensor | None, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
@@ -135,8 +136,8 @@ def _autograd_backward(ctx, grad_stream, grad_out, _grad_mean, _grad_rstd):
     if grad_stream is None and grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
     _, _, branch_mask, _, weight, bias, mask, _, _ = ctx.saved_tensors
-    grad_x, grad_branch, (grad_weight, grad_bias, grad_mask, grad_branch_mask) = (
-        torch.ops.ofb_kernels.masked_add_layer_norm_backward(grad_stream, grad_out, *ctx.saved_tensors, ctx.eps)
+    grad_x, grad_branch, (grad_weight, grad_bias, grad_mask, grad_branch_mask) = _backward(
+        grad_stream, grad_out, *ctx.saved_tensors, ctx.eps
     )
     vectors = None, None, None  # where only the stream was used, the norm's vectors have no gradient
     if grad_out is not None:

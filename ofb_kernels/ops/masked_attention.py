@@ -5,8 +5,10 @@ from torch import Tensor
 
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype, present
-from ofb_kernels.ops.masked_linear import plain_linear
+from ofb_kernels.ops.checks import check_floating, check_shape, compute_dtype, needs_grad, present
+from ofb_kernels.ops.library import library_op
+from ofb_kernels.ops.masked_linear import empty_gradients, kept_weight, linear_gradients, only_needed
+from ofb_kernels.rows import as_rows
 
 MAX_HEAD_DIM = 128  # beyond it the Triton kernels' tiles no longer fit on chip
 
@@ -50,7 +52,7 @@ def masked_attention(
     qkv = qkv.to(compute_dtype(op, qkv))
     chosen = choose_backend(op, backend, present(qkv=qkv, bias=bias, mask=mask), _limits(head_dim))
     if chosen == "triton":
-        return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale, bias)[0]
+        return _forward(qkv, mask, scale, bias)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_attention
     return implementation(qkv, mask, scale, bias)
 
@@ -95,13 +97,14 @@ def masked_qkv_attention(
     scale = _checked_scale(op, scale, mask.shape[1])
     attention_bias = _windowed(op, "attention_bias", attention_bias, len(x), mask.shape[0], x.shape[1])
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x = x.to(dtype)
     inputs = present(x=x, attention_bias=attention_bias, mask=mask)
     chosen = choose_backend(op, backend, inputs, _limits(mask.shape[1]))
     if chosen == "triton":
-        qkv = plain_linear(x, weight, bias).unflatten(-1, (3, *mask.shape))
-        return torch.ops.ofb_kernels.masked_attention(qkv, mask, scale, attention_bias)[0]
+        keep = needs_grad(x, weight, bias, mask, attention_bias)
+        return _qkv_forward(x, weight, bias, mask, scale, attention_bias, keep)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_qkv_attention
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return implementation(x, weight, bias, mask, scale, attention_bias)
 
 
@@ -133,7 +136,7 @@ def _limits(head_dim: int) -> str | None:
     return None if head_dim <= MAX_HEAD_DIM else f"expected heads of d ≤ {MAX_HEAD_DIM} channels, got {head_dim}"
 
 
-@torch.library.custom_op("ofb_kernels::masked_attention", mutates_args=())
+@library_op("masked_attention")
 def _forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     from ofb_kernels.kernels import masked_attention as kernel
 
@@ -142,12 +145,17 @@ def _forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None) -> tu
 
 @_forward.register_fake
 def _(qkv, mask, scale, bias):
+    return _empty_results(qkv)
+
+
+def _empty_results(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_forward` returns, without values."""
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     return out, qkv.new_empty((batch, heads, tokens), dtype=torch.promote_types(qkv.dtype, torch.float32))
 
 
-@torch.library.custom_op("ofb_kernels::masked_attention_backward", mutates_args=())
+@library_op("masked_attention_backward")
 def _backward(
     grad_out: Tensor,
     qkv: Tensor,
@@ -168,7 +176,7 @@ def _(grad_out, qkv, mask, out, log_sum_exp, scale, bias):
     return grad_qkv, qkv.new_empty(mask.shape, dtype=log_sum_exp.dtype)
 
 
-@torch.library.custom_op("ofb_kernels::masked_attention_backward_bias", mutates_args=())
+@library_op("masked_attention_backward_bias")
 def _backward_bias(
     grad_out: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float, bias: Tensor
 ) -> Tensor:
@@ -191,13 +199,88 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, grad_out, _grad_log_sum_exp):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
-    qkv, mask, bias, out, log_sum_exp = ctx.saved_tensors
-    arguments = (grad_out, qkv, mask, out, log_sum_exp, ctx.scale, bias)
-    grad_qkv, grad_mask = torch.ops.ofb_kernels.masked_attention_backward(*arguments)
-    grad_bias = None
-    if bias is not None and ctx.needs_input_grad[3]:
-        grad_bias = torch.ops.ofb_kernels.masked_attention_backward_bias(*arguments).to(bias.dtype)
+    qkv, mask, bias, *results = ctx.saved_tensors
+    arguments = (grad_out, qkv, mask, *results, ctx.scale, bias)
+    grad_qkv, grad_mask = _backward(*arguments)
+    grad_bias = _backward_bias(*arguments).to(bias.dtype) if ctx.needs_input_grad[3] else None
     return grad_qkv, grad_mask.to(mask.dtype), None, grad_bias
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+@library_op("masked_qkv_attention")
+def _qkv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    scale: float,
+    attention_bias: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result; log_sum_exp; the packed projection and, if `keep`, what x was multiplied with (it may be empty)."""
+    from ofb_kernels.kernels import masked_attention, masked_linear
+
+    qkv, _, kept = masked_linear.forward(as_rows(x), weight, bias, None, None, keep)
+    qkv = qkv.view(*x.shape[:2], 3, *mask.shape)
+    return *masked_attention.forward(qkv, mask, scale, attention_bias), qkv, kept
+
+
+@_qkv_forward.register_fake
+def _(x, weight, bias, mask, scale, attention_bias, keep):
+    qkv = x.new_empty(*x.shape[:2], 3, *mask.shape)
+    return *_empty_results(qkv), qkv, kept_weight(x, weight, None, keep)
+
+
+@library_op("masked_qkv_attention_backward")
+def _qkv_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    attention_bias: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    qkv: Tensor,
+    kept: Tensor,
+    scale: float,
+    needs_x: bool,
+    needs_projection: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, empty where they are not needed, and of the mask."""
+    from ofb_kernels.kernels import masked_attention
+
+    grad_qkv, grad_mask = masked_attention.backward(grad_out, qkv, mask, out, log_sum_exp, scale, attention_bias)
+    needs = needs_x, needs_projection
+    *gradients, _ = linear_gradients(as_rows(grad_qkv.flatten(2)), None, x, weight, bias, None, kept, needs)
+    return *gradients, grad_mask.to(mask.dtype)
+
+
+@_qkv_backward.register_fake
+def _(grad_out, x, weight, bias, mask, attention_bias, out, log_sum_exp, qkv, kept, scale, needs_x, needs_projection):
+    *gradients, _ = empty_gradients(x, weight, bias, None, (needs_x, needs_projection))
+    return *gradients, mask.new_empty(mask.shape)
+
+
+def _qkv_setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    x, weight, bias, mask, ctx.scale, attention_bias, _ = inputs
+    ctx.save_for_backward(x, weight, bias, mask, attention_bias, *output)
+
+
+def _qkv_autograd_backward(ctx, grad_out, *_):
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
+    needs = needs_x, *_ = ctx.needs_input_grad[:4]
+    *inputs, attention_bias, out, log_sum_exp, qkv, kept = saved = ctx.saved_tensors
+    gradients = _qkv_backward(grad_out, *saved, ctx.scale, needs_x, any(needs[1:3]))
+    grad_bias = None
+    if ctx.needs_input_grad[5]:
+        grad_bias = _backward_bias(grad_out, qkv, inputs[3], out, log_sum_exp, ctx.scale, attention_bias)
+        grad_bias = grad_bias.to(attention_bias.dtype)
+    return *only_needed(needs, gradients), None, grad_bias, None
+
+
+_qkv_forward.register_autograd(_qkv_autograd_backward, setup_context=_qkv_setup_context)

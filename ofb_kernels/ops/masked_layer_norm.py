@@ -7,6 +7,7 @@ from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, compute_dtype, present
+from ofb_kernels.ops.library import library_op
 from ofb_kernels.rows import as_rows, count_rows
 
 MAX_WIDTH = 4096  # the kernels hold a whole row in registers; a wider one would spill
@@ -53,7 +54,7 @@ def masked_layer_norm(
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
     chosen = choose_backend(op, backend, present(x=x, mask=mask), width_limit(width))
     if chosen == "triton":
-        return torch.ops.ofb_kernels.masked_layer_norm(x, weight, bias, mask, eps, dtype)[0]
+        return _forward(x, weight, bias, mask, eps, dtype)[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_layer_norm
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x):
@@ -66,7 +67,7 @@ def width_limit(width: int) -> str | None:
     return f"expected x of at most {MAX_WIDTH} channels, got {width}" if width > MAX_WIDTH else None
 
 
-@torch.library.custom_op("ofb_kernels::masked_layer_norm", mutates_args=())
+@library_op("masked_layer_norm")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +83,7 @@ def _(x, weight, bias, mask, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("ofb_kernels::masked_layer_norm_backward", mutates_args=())
+@library_op("masked_layer_norm_backward")
 def _backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     mean: Tensor, rstd: Tensor, eps: float,
@@ -109,9 +110,7 @@ def _autograd_backward(ctx, grad_out, _grad_mean, _grad_rstd):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
     x, weight, bias, mask, mean, rstd = ctx.saved_tensors
-    grad_x, (grad_weight, grad_bias, grad_mask) = torch.ops.ofb_kernels.masked_layer_norm_backward(
-        grad_out, x, weight, bias, mask, mean, rstd, ctx.eps
-    )
+    grad_x, (grad_weight, grad_bias, grad_mask) = _backward(grad_out, x, weight, bias, mask, mean, rstd, ctx.eps)
     vectors = grad_weight.to(weight.dtype), gradient_like(bias, grad_bias), gradient_like(mask, grad_mask)
     return grad_x, *vectors, None, None
 

@@ -1,14 +1,14 @@
 """The op masked_linear: checks, choice of backend, and the Triton backend as a torch library op with its autograd."""
 
-import torch
-import torch.nn.functional as F
+from collections.abc import Sequence
+
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad, present
-from ofb_kernels.rows import as_rows, count_rows
+from ofb_kernels.ops.library import library_op
+from ofb_kernels.rows import as_rows, count_rows, few_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -48,129 +48,113 @@ def masked_linear(
     check_shape(op, "mask", mask, weight.shape[0])
     check_choice(op, "activation", activation, ACTIVATIONS)
     dtype = compute_dtype(op, x, weight=weight, bias=bias)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x = x.to(dtype)
     chosen = choose_backend(op, backend, present(x=x, mask=mask))
-    if chosen == "triton" and mask is None and activation is None:
-        return plain_linear(x, weight, bias)
     if chosen == "triton":
-        mask = weight.new_ones(len(weight)) if mask is None else mask
-        keep = needs_grad(x, weight, bias, mask)
-        return torch.ops.ofb_kernels.masked_linear(x, weight, bias, mask, activation, keep)[0]
+        return _forward(x, weight, bias, mask, activation, needs_grad(x, weight, bias, mask))[0]
     implementation = {"reference": reference, "eager": eager}[chosen].masked_linear
-    return implementation(x, weight, bias, mask, activation)
+    return implementation(x, weight.to(dtype), None if bias is None else bias.to(dtype), mask, activation)
 
 
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b of tensors that the Triton backend serves, all of one dtype; the bias's gradient is its own kernel's."""
-    return F.linear(x, weight) if bias is None else _PlainLinear.apply(x, weight, bias)
-
-
-class _PlainLinear(torch.autograd.Function):
-    """torch's own layer but for Σ_rows dout, which `column_sums` adds up in half of torch.sum's time."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor | None):
-        if grad_out is None:
-            return None, None, None
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_rows = as_rows(grad_out)
-        return (
-            grad_out @ weight if needs_x else None,
-            grad_rows.t() @ as_rows(x) if needs_weight else None,
-            torch.ops.ofb_kernels.column_sums(grad_rows) if needs_bias else None,
-        )
-
-
-@torch.library.custom_op("ofb_kernels::column_sums", mutates_args=())
-def _column_sums(matrix: Tensor) -> Tensor:
-    from ofb_kernels.kernels.column_sums import column_sums
-
-    return column_sums(matrix, matrix.dtype)
-
-
-@_column_sums.register_fake
-def _(matrix):
-    return matrix.new_empty(matrix.shape[1])
-
-
-@torch.library.custom_op("ofb_kernels::masked_linear", mutates_args=())
+@library_op("masked_linear")
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str | None, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The result, and the activation's slope (M, N), empty unless `keep` and there is an activation."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and what the backward needs if `keep`: the activation's slope (M, N), and what x was multiplied with
+    (N, K); either may be empty."""
     from ofb_kernels.kernels import masked_linear as kernel
 
-    out, slope = kernel.forward(as_rows(x), weight, bias, mask, activation, keep)
-    return out.view(*x.shape[:-1], weight.shape[0]), slope
+    out, *kept = kernel.forward(as_rows(x), weight, bias, mask, activation, keep)
+    return out.view(*x.shape[:-1], weight.shape[0]), *kept
 
 
 @_forward.register_fake
 def _(x, weight, bias, mask, activation, keep):
     rows, columns = count_rows(x) if keep and activation is not None else 0, weight.shape[0]
-    return x.new_empty(*x.shape[:-1], columns), x.new_empty(rows, columns)
+    return x.new_empty(*x.shape[:-1], columns), x.new_empty(rows, columns), kept_weight(x, weight, mask, keep)
 
 
-@torch.library.custom_op("ofb_kernels::masked_linear_backward", mutates_args=())
+def kept_weight(x: Tensor, weight: Tensor, mask: Tensor | None, keep: bool) -> Tensor:
+    """What a forward keeps of the weight, without values: nothing where it took it as it is."""
+    copied = weight.dtype != x.dtype or not (mask is None or few_rows(x))
+    return x.new_empty(weight.shape if keep and copied else 0)
+
+
+@library_op("masked_linear_backward")
 def _backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor,
+    mask: Tensor | None,
     slope: Tensor,
+    folded: Tensor,
     activation: str | None,
     needs_x: bool,
     needs_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and mask, empty where they are not needed."""
-    from ofb_kernels.kernels import fold
     from ofb_kernels.kernels import masked_linear as kernel
 
     grad, sums = kernel.backward(as_rows(grad_out), slope, activation)
-    needs = needs_x, needs_parameters
-    grad_x, *others = fold.linear_gradients(grad, sums, as_rows(x), weight, bias, mask, needs)
-    return grad_x.view(x.shape if needs_x else 0), *others
+    return linear_gradients(grad, sums, x, weight, bias, mask, folded, (needs_x, needs_parameters))
+
+
+def linear_gradients(
+    grad: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    folded: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (..., K), weight, bias and mask of u = (x Wᵀ + b) ⊙ m from du (M, N) and, where they are known,
+    its sums over the rows; those empty that nobody needs, x's and any of the others'."""
+    from ofb_kernels.kernels import fold
+
+    grad_x, *parameters = empty_gradients(x, weight, bias, mask, (False, False))
+    if needs[0]:
+        grad_x = fold.data_gradient(grad, x, weight, folded, mask).view(x.shape)
+    if needs[1]:
+        parameters = fold.parameter_gradients(grad, sums, as_rows(x), weight, bias, mask)
+    return grad_x, *parameters
 
 
 @_backward.register_fake
-def _(grad_out, x, weight, bias, mask, slope, activation, needs_x, needs_parameters):
-    return empty_gradients(x, weight, bias, mask, needs_x, needs_parameters)
+def _(grad_out, x, weight, bias, mask, slope, folded, activation, needs_x, needs_parameters):
+    return empty_gradients(x, weight, bias, mask, (needs_x, needs_parameters))
 
 
 def empty_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, needs_x: bool, needs_parameters: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `fold.linear_gradients` returns, without values."""
-    grad_x = x.new_empty(x.shape if needs_x else 0)
-    if not needs_parameters:
-        return grad_x, weight.new_empty(0), weight.new_empty(0), mask.new_empty(0)
-    grad_bias = weight.new_empty(0 if bias is None else len(bias))
-    return grad_x, weight.new_empty(weight.shape), grad_bias, mask.new_empty(mask.shape)
+    """What `linear_gradients` returns, without values."""
+
+    def empty(tensor: Tensor | None, needed: bool) -> Tensor:
+        return weight.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+
+    return empty(x, needs[0]), *(empty(each, needs[1]) for each in (weight, bias, mask))
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, weight, bias, mask, ctx.activation, _ = inputs
-    ctx.save_for_backward(x, weight, bias, mask, output[1])
+    ctx.save_for_backward(x, weight, bias, mask, *output[1:])
 
 
-def _autograd_backward(ctx, grad_out, _grad_slope):
+def _autograd_backward(ctx, grad_out, _grad_slope, _grad_folded):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
     needs_x, *needs = ctx.needs_input_grad[:4]
-    gradients = torch.ops.ofb_kernels.masked_linear_backward(
-        grad_out, *ctx.saved_tensors, ctx.activation, needs_x, any(needs)
-    )
-    needed = zip((needs_x, *needs), gradients, strict=True)
-    return *(gradient if needs else None for needs, gradient in needed), None, None
+    gradients = _backward(grad_out, *ctx.saved_tensors, ctx.activation, needs_x, any(needs))
+    return *only_needed((needs_x, *needs), gradients), None, None
+
+
+def only_needed(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients that are needed, None for the others."""
+    return [gradient if needed else None for needed, gradient in zip(needs, gradients, strict=True)]
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,13 +1,12 @@
 """The op masked_mlp: checks, choice of backend, and the Triton backend as a torch library op with its autograd."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ofb_kernels import eager, reference
 from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.ops.checks import check_choice, check_floating, check_shape, compute_dtype, needs_grad
-from ofb_kernels.ops.masked_linear import empty_gradients
+from ofb_kernels.ops.library import library_op
+from ofb_kernels.ops.masked_linear import empty_gradients, kept_weight, linear_gradients, only_needed
 from ofb_kernels.rows import as_rows, count_rows
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -58,16 +57,15 @@ def masked_mlp(
     check_choice(op, "activation", activation, ACTIVATIONS)
     dtype = compute_dtype(op, x, **weights)
     chosen = choose_backend(op, backend, {"x": x.to(dtype), "mask": mask})
-    implementation = {"reference": reference.masked_mlp, "eager": eager.masked_mlp, "triton": _triton}[chosen]
+    if chosen == "triton":
+        inputs = x.to(dtype), fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias
+        return _forward(*inputs, activation, needs_grad(*inputs))[0]
+    implementation = {"reference": reference, "eager": eager}[chosen].masked_mlp
     w1, b1, w2, b2 = (None if weight is None else weight.to(dtype) for weight in weights.values())
     return implementation(x.to(dtype), w1, b1, mask, w2, b2, activation)
 
 
-def _triton(*inputs) -> Tensor:
-    return torch.ops.ofb_kernels.masked_mlp(*inputs, needs_grad(*inputs[:-1]))[0]
-
-
-@torch.library.custom_op("ofb_kernels::masked_mlp", mutates_args=())
+@library_op("masked_mlp")
 def _forward(
     x: Tensor,
     fc1_weight: Tensor,
@@ -77,23 +75,27 @@ def _forward(
     fc2_bias: Tensor | None,
     activation: str | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and what the backward needs: the activation's slope and `hidden`, (M, N) each or empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what the backward needs if `keep`: the activation's slope and `hidden`, (M, N) each, and what x
+    and `hidden` were multiplied with, (N, K) and (E, N); any of these may be empty."""
     from ofb_kernels.kernels import masked_linear as kernel
 
-    hidden, slope = kernel.forward(as_rows(x), fc1_weight, fc1_bias, mask, activation, keep)
-    out = F.linear(hidden, fc2_weight, fc2_bias).view(*x.shape[:-1], fc2_weight.shape[0])
-    return out, slope, hidden if keep else hidden.new_empty(0, hidden.shape[1])
+    hidden, slope, folded = kernel.forward(as_rows(x), fc1_weight, fc1_bias, mask, activation, keep)
+    out, _, kept = kernel.forward(hidden, fc2_weight, fc2_bias, None, None, keep)
+    out = out.view(*x.shape[:-1], fc2_weight.shape[0])
+    return out, slope, hidden if keep else hidden.new_empty(0, hidden.shape[1]), folded, kept
 
 
 @_forward.register_fake
 def _(x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, activation, keep):
     columns, rows = fc1_weight.shape[0], count_rows(x) if keep else 0
+    hidden = x.new_empty(rows, columns)
     slope = x.new_empty(0 if activation is None else rows, columns)
-    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), slope, x.new_empty(rows, columns)
+    kept = kept_weight(x, fc1_weight, mask, keep), kept_weight(hidden, fc2_weight, None, keep)
+    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), slope, hidden, *kept
 
 
-@torch.library.custom_op("ofb_kernels::masked_mlp_backward", mutates_args=())
+@library_op("masked_mlp_backward")
 def _backward(
     grad_out: Tensor,
     x: Tensor,
@@ -101,49 +103,51 @@ def _backward(
     fc1_bias: Tensor | None,
     mask: Tensor,
     fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
     slope: Tensor,
+    hidden: Tensor,
+    fc1_folded: Tensor,
+    fc2_kept: Tensor,
     activation: str | None,
     needs_x: bool,
     needs_fc1: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, fc1's weight and bias and the mask, empty where they are not needed."""
-    from ofb_kernels.kernels import fold
+    needs_fc2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, fc1's weight and bias, the mask, fc2's weight and bias, empty where they are not needed."""
     from ofb_kernels.kernels import masked_mlp as kernel
 
-    grad, sums = kernel.backward(as_rows(grad_out), fc2_weight, slope, activation)
-    grad_x, *others = fold.linear_gradients(grad, sums, as_rows(x), fc1_weight, fc1_bias, mask, (needs_x, needs_fc1))
-    return grad_x.view(x.shape if needs_x else 0), *others
+    grad_rows, fc1, needs = as_rows(grad_out), (fc1_weight, fc1_bias, mask), (needs_x, needs_fc1)
+    gradients = empty_gradients(x, *fc1, (False, False))
+    if any(needs):
+        fc2_used = fc2_kept if fc2_kept.shape == fc2_weight.shape else fc2_weight
+        grad, sums = kernel.backward(grad_rows, fc2_used, slope, activation)
+        gradients = linear_gradients(grad, sums, x, *fc1, fc1_folded, needs)
+    fc2 = fc2_weight, fc2_bias, None
+    _, *of_fc2, _ = linear_gradients(grad_rows, None, hidden, *fc2, fc2_kept, (False, needs_fc2))
+    return *gradients, *of_fc2
 
 
 @_backward.register_fake
-def _(grad_out, x, fc1_weight, fc1_bias, mask, fc2_weight, slope, activation, needs_x, needs_fc1):
-    return empty_gradients(x, fc1_weight, fc1_bias, mask, needs_x, needs_fc1)
+def _(
+    grad_out, x, fc1_weight, fc1_bias, mask, fc2_weight, fc2_bias, slope, hidden, fc1_folded, fc2_kept,
+    activation, needs_x, needs_fc1, needs_fc2,
+):  # fmt: skip
+    gradients = empty_gradients(x, fc1_weight, fc1_bias, mask, (needs_x, needs_fc1))
+    return *gradients, *empty_gradients(hidden, fc2_weight, fc2_bias, None, (False, needs_fc2))[1:3]
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    x, fc1_weight, fc1_bias, mask, fc2_weight, _, ctx.activation, _ = inputs
-    ctx.save_for_backward(x, fc1_weight, fc1_bias, mask, fc2_weight, *output[1:])
+    *tensors, ctx.activation, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _autograd_backward(ctx, grad_out, _grad_slope, _grad_hidden):
+def _autograd_backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
-    *inputs, slope, hidden = ctx.saved_tensors
-    needs_x, *needs_fc1, needs_fc2_weight, needs_fc2_bias = ctx.needs_input_grad[:6]
-    gradients = (None,) * 4
-    if needs_x or any(needs_fc1):
-        gradients = torch.ops.ofb_kernels.masked_mlp_backward(
-            grad_out, *inputs, slope, ctx.activation, needs_x, any(needs_fc1)
-        )
-    grad_rows = as_rows(grad_out)
-    return (
-        *(gradient if needs else None for needs, gradient in zip((needs_x, *needs_fc1), gradients, strict=True)),
-        grad_rows.t() @ hidden if needs_fc2_weight else None,
-        torch.ops.ofb_kernels.column_sums(grad_rows) if needs_fc2_bias else None,
-        None,
-        None,
-    )
+    needs = needs_x, *_ = ctx.needs_input_grad[:6]
+    gradients = _backward(grad_out, *ctx.saved_tensors, ctx.activation, needs_x, any(needs[1:4]), any(needs[4:]))
+    return *only_needed(needs, gradients), None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from timm.layers import RmsNorm
 from timm.layers.activations import GELUTanh, QuickGELU
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ofb.supernet.masked_images import blocks_of
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates
 from ofb_kernels import masked_add_layer_norm, masked_layer_norm, masked_linear
+from ofb_kernels.eager import add_branch
 from ofb_kernels.ops.checks import compute_dtype
 
 # A unit whose mask is 0 must add nothing: activations that are 0 at 0.
@@ -100,26 +100,39 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return masked_linear(x, layer.weight, layer.bias, None) if type(layer) is nn.Linear else layer(x)
 
 
+def drop_path_scales(drop_paths: Sequence[nn.Module], x: Tensor) -> list[Tensor | None]:
+    """What each drop path multiplies the samples of x (B, ...) by: (B,), 0 or 1 / keep probability, or None for ones.
+
+    All are drawn at once, in a handful of launches: floor(u + keep) is 1 with probability keep for u from U(0, 1).
+    """
+    drops = [(i, each) for i, each in enumerate(drop_paths) if each.training and getattr(each, "drop_prob", 0)]
+    scales: list[Tensor | None] = [None] * len(drop_paths)
+    if drops:
+        keeps = [1 - each.drop_prob for _, each in drops]
+        drawn = torch.rand(len(drops), len(x), device=x.device).unbind()
+        kept = torch._foreach_floor(torch._foreach_add(drawn, keeps))
+        for (i, _), scale in zip(drops, torch._foreach_div(kept, keeps), strict=True):
+            scales[i] = scale
+    return scales
+
+
 def add_norm(
     x: Tensor,
     branch: Tensor,
     layer_scale: Callable[[Tensor], Tensor],
-    drop_path: nn.Module,
+    sample_scale: Tensor | None,
     residual_mask: Tensor | None,
     norm: nn.Module,
     norm_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The new stream x + drop_path(layer_scale(branch ⊙ mask)), and its norm.
+    """The new stream x + sample_scale · layer_scale(branch ⊙ mask), and its norm.
 
-    Mask, layer scale and drop path all only scale: they are multiplied together before they meet the branch.
+    Mask, layer scale and sample scale all only scale: they are multiplied together before they meet the branch.
     """
     branch_mask = layer_scale(x.new_ones(x.shape[-1]) if residual_mask is None else residual_mask)
     if not isinstance(norm, nn.LayerNorm):
-        x = torch.addcmul(x, branch, drop_path(branch_mask.expand(len(x), 1, -1)))
+        x = add_branch(x, branch, branch_mask, sample_scale)
         return x, masked_norm(norm, x, norm_mask)
-    drops = drop_path.training and not isinstance(drop_path, nn.Identity)
-    # Dropout of ones is what drop path multiplies by, and one kernel where its own arithmetic is three.
-    sample_scale = F.dropout(branch_mask.new_ones(len(x)), drop_path.drop_prob) if drops else None
     return masked_add_layer_norm(
         x, branch, branch_mask, norm.weight, norm.bias, norm_mask, norm.eps, sample_scale=sample_scale
     )

@@ -26,6 +26,7 @@ from ofb.supernet.families import attentions, mlps, vit_checks
 from ofb.supernet.families.layers import (
     Submodule,
     add_norm,
+    drop_path_scales,
     linear,
     masked_norm,
     patch_embeddings,
@@ -37,6 +38,7 @@ from ofb.supernet.masked_images import TokenArea
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import attention_candidates, embed_candidates, mlp_candidates
 from ofb_kernels import masked_qkv_attention
+from ofb_kernels.eager import add_branch
 
 __all__ = [
     "NAME",
@@ -150,8 +152,10 @@ def features(
             x = _merge(stage.downsample, x, stage.input_resolution, norm_masks.get(f"embed{s - 1}"))
             x = x * masks[f"embed{s}"]
         residual_mask, norm_mask = residual_masks.get(f"embed{s}"), norm_masks.get(f"embed{s}")
-        for block in stage.blocks:
-            inputs = (x, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), residual_mask, norm_mask)
+        blocks = list(stage.blocks)
+        scales = drop_path_scales([drop for block in blocks for drop in (block.drop_path1, block.drop_path2)], x)
+        for block, pair in zip(blocks, zip(scales[::2], scales[1::2], strict=True), strict=True):
+            inputs = (x, masks[f"attn{i}"], masks[f"mlp{i}"].flatten(), pair, residual_mask, norm_mask)
             if stage.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(_block, block, *inputs, use_reentrant=False)
             else:
@@ -192,10 +196,12 @@ def _block(
     x: Tensor,
     attention_mask: Tensor,
     mlp_mask: Tensor,
+    sample_scales: tuple[Tensor | None, Tensor | None],
     residual_mask: Tensor | None,
     norm_mask: Tensor | None,
 ) -> Tensor:
-    """A transformer block with masks, from stream to stream, (B, N, D)."""
+    """A transformer block with masks, from stream to stream, (B, N, D); drop path's scales are those of the attention
+    and of the MLP."""
     windows = _to_windows(block, masked_norm(block.norm1, x, norm_mask))
     attn = block.attn
     bias = attn._get_rel_pos_bias()  # (1, H, N, N)
@@ -203,9 +209,10 @@ def _block(
     weights = attentions.qkv_parameters(attn)
     attended = masked_qkv_attention(windows, *weights, attention_mask, attn.scale, attention_bias=bias)
     branch = _from_windows(block, linear(attn.proj, attended))
-    x, normalized = add_norm(x, branch, nn.Identity(), block.drop_path1, residual_mask, block.norm2, norm_mask)
+    x, normalized = add_norm(x, branch, nn.Identity(), sample_scales[0], residual_mask, block.norm2, norm_mask)
     branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, norm_mask=None)
-    return x + block.drop_path2(branch if residual_mask is None else branch * residual_mask)
+    branch_mask = x.new_ones(x.shape[-1]) if residual_mask is None else residual_mask
+    return add_branch(x, branch, branch_mask, sample_scales[1])
 
 
 def _merge(merging: PatchMerging, x: Tensor, resolution: tuple[int, int], norm_mask: Tensor | None) -> Tensor:

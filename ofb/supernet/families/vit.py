@@ -20,6 +20,7 @@ from ofb.supernet.families.layers import (
     Submodule,
     add_norm,
     copies,
+    drop_path_scales,
     masked_norm,
     patch_embeddings,
     present,
@@ -130,10 +131,12 @@ def features(
     blocks = list(model.blocks)
     normalized = masked_norm(blocks[0].norm1, x, norm_mask)
     residual_copies, norm_copies = (copies(mask, 2 * len(blocks)) for mask in (residual_mask, norm_mask))
+    scales = drop_path_scales([drop for block in blocks for drop in (block.drop_path1, block.drop_path2)], x)
     for i, (block, next_norm) in enumerate(zip(blocks, [*(b.norm1 for b in blocks[1:]), model.norm], strict=True)):
         pair = slice(2 * i, 2 * i + 2)
         inputs = (x, normalized, masks[f"attn{i}"], masks[f"mlp{i}"].flatten())
-        inputs += (residual_copies[pair], norm_copies[pair], norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"))
+        inputs += (scales[pair], residual_copies[pair], norm_copies[pair])
+        inputs += (norm_masks.get(f"attn{i}"), norm_masks.get(f"mlp{i}"))
         inputs += (rope, norm_masks.get(TOKENS))
         if model.grad_checkpointing and torch.is_grad_enabled():
             x, normalized = checkpoint(_block, block, next_norm, *inputs, use_reentrant=False)
@@ -249,6 +252,7 @@ def _block(
     normalized: Tensor,
     attention_mask: Tensor,
     mlp_mask: Tensor,
+    sample_scales: Sequence[Tensor | None],
     residual_masks: Sequence[Tensor | None],
     norm_masks: Sequence[Tensor | None],
     attention_norm_mask: Tensor | None,
@@ -257,13 +261,14 @@ def _block(
     key_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A transformer block with masks, from norm to norm: it takes the stream and its norm1, and returns the new stream
-    and what the next norm makes of it. Residual and norm masks are given for the attention and for the MLP."""
+    and what the next norm makes of it. Drop path's scales, residual and norm masks are given for the attention and for
+    the MLP."""
     bias = None if key_weight is None else tokens.attention_bias(key_weight, x.shape[1], len(attention_mask))
     branch = attentions.masked_forward(block.attn, normalized, attention_mask, attention_norm_mask, rope, bias)
     scale1, scale2 = _layer_scales(block)
-    x, normalized = add_norm(x, branch, scale1, block.drop_path1, residual_masks[0], block.norm2, norm_masks[0])
+    x, normalized = add_norm(x, branch, scale1, sample_scales[0], residual_masks[0], block.norm2, norm_masks[0])
     branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, mlp_norm_mask)
-    return add_norm(x, branch, scale2, block.drop_path2, residual_masks[1], next_norm, norm_masks[1])
+    return add_norm(x, branch, scale2, sample_scales[1], residual_masks[1], next_norm, norm_masks[1])
 
 
 def _layer_scales(block: nn.Module) -> list[Callable[[Tensor], Tensor]]:
