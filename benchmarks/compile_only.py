@@ -133,7 +133,7 @@ def launches(arch: int, count: bool = False) -> Iterator[Recorder]:
     def compile_only(function, *args, grid, warmup, **options) -> None:
         recorder.launch(run, function, *args, grid=grid, warmup=True, **options)
 
-    driver.set_active(_Driver(arch))
+    driver.set_active(Driver(arch))
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", recorder.before_compilation),
@@ -186,7 +186,7 @@ def widest_access(ptx: str) -> int:
     return max(copies + [int(lanes or 1) * int(bits) // 8 for lanes, bits in vectors], default=0)
 
 
-class _Driver:
+class Driver:
     """Stands for a GPU of one architecture, as far as Triton's compiler asks about it."""
 
     def __init__(self, arch: int):

@@ -155,27 +155,27 @@ def make_network(model: str, size: str, variant: Variant, arguments: argparse.Na
     dense = timm_model(model).to(arguments.device)
     if variant.backend == DENSE and size == "full":
         return dense
-    supernet = Supernet(
-        dense,
-        target="50%" if size == "full" else lowest_target(model),
-        residual_mask=arguments.residual_mask,
-        mask_ratio_start=0.05,
-        mask_ratio_end=0.25,
-        backend=None if variant.backend == DENSE else variant.backend,
-    )
+    target = "50%" if size == "full" else lowest_target(model)
+    supernet = search(dense, target, arguments.residual_mask, None if variant.backend == DENSE else variant.backend)
     if size == "half":
         halve(supernet)
     return copy.deepcopy(supernet.model) if variant.backend == DENSE else supernet
 
 
-def timm_model(model: str, drop_path_rate: float = 0.1) -> nn.Module:
-    """The network that a name of `floors.MODELS` stands for, with random weights."""
-    if model in SIZES:
-        return timm.create_model(f"{model}_patch16_224", drop_path_rate=drop_path_rate)
+def search(dense: nn.Module, target: str, residual_mask: str, backend: str | None) -> Supernet:
+    """The supernet that a search step is timed of."""
+    options = {"residual_mask": residual_mask, "mask_ratio_start": 0.05, "mask_ratio_end": 0.25}
+    return Supernet(dense, target=target, backend=backend, **options)
+
+
+def timm_model(model: str, drop_path_rate: float = 0.1, depth: int | None = None) -> nn.Module:
+    """The network that a name of `floors.MODELS` stands for, with random weights; `depth` if not of its own."""
     sizes = Sizes(1, **MODELS[model])
+    options = {"drop_path_rate": drop_path_rate, "depth": depth or sizes.depth}
+    if model in SIZES:
+        return timm.create_model(f"{model}_patch16_224", **options)
     shape = {"embed_dim": sizes.width, "num_heads": sizes.heads, "mlp_ratio": sizes.hidden / sizes.width}
-    options = {"img_size": sizes.side, "depth": sizes.depth, "drop_path_rate": drop_path_rate}
-    return timm.create_model("vit_tiny_patch16_224", **shape, **options)
+    return timm.create_model("vit_tiny_patch16_224", img_size=sizes.side, **shape, **options)
 
 
 def lowest_target(model: str) -> str:
