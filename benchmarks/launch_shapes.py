@@ -189,7 +189,8 @@ def launch_masked_attention(precision: Precision) -> Iterator[str]:
     _attention(unaligned(4, 197, 3, 6, 64, dtype=dtype), mask=unaligned(6, 64))
     yield "strided"
     heads_first = meta(4, 6, 197, 3, 40, dtype=dtype).permute(0, 2, 3, 1, 4)
-    _attention(heads_first, grad_out=expanded(4, 197, 240, dtype=dtype))
+    # sums are asked for of a projection made here, which is packed
+    _attention(heads_first, grad_out=expanded(4, 197, 240, dtype=dtype), sums=False)
     if dtype != torch.float32:
         yield "16-bit mask and bias"
         qkv, mask = meta(8, 49, 3, 4, 64, dtype=dtype), meta(4, 64, dtype=dtype)
@@ -198,14 +199,15 @@ def launch_masked_attention(precision: Precision) -> Iterator[str]:
 
 
 def _attention(
-    qkv: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, grad_out: Tensor | None = None
-) -> None:
+    qkv: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, grad_out: Tensor | None = None,
+    sums: bool = True,
+) -> None:  # fmt: skip
     heads, head_dim = qkv.shape[3:]
     mask = meta(heads, head_dim) if mask is None else mask
     scale = head_dim**-0.5
     out, log_sum_exp = masked_attention.forward(qkv, mask, scale, bias)
     grad_out = out if grad_out is None else grad_out
-    masked_attention.backward(grad_out, qkv, mask, out, log_sum_exp, scale, bias)
+    masked_attention.backward(grad_out, qkv, mask, out, log_sum_exp, scale, bias, sums)
     if bias is not None:
         masked_attention.backward_bias(grad_out, qkv, mask, out, log_sum_exp, scale, bias)
 
@@ -227,6 +229,7 @@ def launch_masked_layer_norm(precision: Precision) -> Iterator[str]:
         _norm(x, dtype, masked=False)
         _norm(x, dtype, branch=x, sample_scale=meta(8))
         _norm(meta(1576, width), dtype, branch=x, masked=False)
+        _norm(meta(1576, width), dtype, branch=x, branch_bias=False)
         _norm(meta(1576, width), dtype, branch=x, sample_scale=meta(8))
     yield "multiples of 8"
     for sizes in PRUNED:
@@ -257,11 +260,13 @@ def _norm(
     vectors: torch.dtype = torch.float32,
     grad_out: Tensor | None = None,
     used: tuple[str, ...] = ("out", "stream"),
+    branch_bias: bool = True,
 ) -> None:
     columns = x.shape[1]
     weight, bias = meta(columns, dtype=vectors), meta(columns, dtype=vectors) if bias else None
     mask = meta(columns) if masked else None
-    extra = masked_layer_norm.Branch(branch, None if branch is None else meta(columns), sample_scale, 197)
+    vector = None if branch is None else meta(columns)
+    extra = masked_layer_norm.Branch(branch, vector if branch_bias else None, vector, sample_scale, 197)
     out, stream, mean, rstd = masked_layer_norm.forward(x, weight, bias, mask, 1e-6, dtype, extra)
     grad_out = (out if grad_out is None else grad_out) if "out" in used else None
     grad_stream = stream if branch is not None and "stream" in used else None

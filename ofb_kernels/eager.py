@@ -76,10 +76,13 @@ def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tens
     return _MaskedLayerNorm.apply(x, weight, bias, mask, eps)
 
 
-def add_branch(x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None) -> Tensor:
+def add_branch(
+    x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None, branch_bias: Tensor | None = None
+) -> Tensor:
     """Mask and sample scale make one small factor: one pass over the branch."""
     factor = branch_mask if sample_scale is None else branch_mask * sample_scale.view(-1, *[1] * (x.dim() - 1))
-    return torch.addcmul(x, branch, factor).to(torch.promote_types(x.dtype, branch.dtype))
+    whole = branch if branch_bias is None else branch + branch_bias
+    return torch.addcmul(x, whole, factor).to(torch.promote_types(x.dtype, branch.dtype))
 
 
 def local_norm(images: Tensor, window: int, eps: float) -> Tensor:

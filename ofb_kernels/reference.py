@@ -107,9 +107,11 @@ def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tens
     return (normalized if bias is None else normalized + bias) * mask
 
 
-def add_branch(x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None) -> Tensor:
-    """x + branch ⊙ branch_mask, the branch of each sample times its own scale."""
-    scaled = branch * branch_mask
+def add_branch(
+    x: Tensor, branch: Tensor, branch_mask: Tensor, sample_scale: Tensor | None, branch_bias: Tensor | None = None
+) -> Tensor:
+    """x + (branch + branch_bias) ⊙ branch_mask, the branch of each sample times its own scale."""
+    scaled = (branch if branch_bias is None else branch + branch_bias) * branch_mask
     if sample_scale is not None:
         scaled = scaled * sample_scale.view(-1, *[1] * (x.dim() - 1))
     return (x + scaled).to(torch.promote_types(x.dtype, branch.dtype))

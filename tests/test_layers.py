@@ -127,6 +127,6 @@ def test_add_norm_drops_the_branches_of_samples():
     mask, expected = torch.rand(8), x.clone()
     expected += scale[:, None, None] * branch * mask
     for norm in (nn.LayerNorm(8), RmsNorm(8)):
-        stream, normalized = add_norm(x, branch, nn.Identity(), scale, mask, norm, None)
+        stream, normalized = add_norm(x, (branch, None), nn.Identity(), scale, mask, norm, None)
         torch.testing.assert_close(stream, expected)
         torch.testing.assert_close(normalized, norm(expected))

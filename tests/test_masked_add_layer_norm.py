@@ -11,9 +11,10 @@ from ofb_kernels.testing import check_op
 from tests.common import BACKENDS, dtypes_of
 
 
-def make_inputs(leading, width, dtype, device, bias=True):
+def make_inputs(leading, width, dtype, device, bias=True, branch_bias=False):
     inputs = {
         "x": torch.randn(*leading, width, device=device) + 1,
+        "branch_bias": torch.randn(width, device=device) if branch_bias else None,
         "branch": torch.randn(*leading, width, device=device),
         "branch_mask": torch.rand(width, device=device),
         "weight": torch.rand(width, device=device) + 0.5,
@@ -40,6 +41,19 @@ def test_matches_float64(backend, dtype, width, drops, device):
     inputs = make_inputs((4, 97), width, dtype, device)
     options = {"sample_scale": drop_some(4, device) if drops else None}
     check_op(both, inputs, options, backend, reduction=4 * 97)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("width", [17, 200])
+@pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
+def test_with_the_bias_of_the_branch(backend, dtype, width, masked, drops, device):
+    inputs = make_inputs((4, 33), width, dtype, device, branch_bias=True)
+    options = {"sample_scale": drop_some(4, device) if drops else None}
+    if not masked:
+        options["mask"] = None
+        del inputs["mask"]
+    check_op(both, inputs, options, backend, reduction=4 * 33)
 
 
 @pytest.mark.parametrize("drops", [False, True])
@@ -200,13 +214,15 @@ def test_compiles_to_one_graph(backend, device):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias, masked, device):
-    inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, torch.float32, device, bias).items()}
+    """The branch has a bias where the norm has one."""
+    inputs = {n: t.requires_grad_() for n, t in make_inputs((3, 5), 8, torch.float32, device, bias, bias).items()}
     scale = drop_some(3, device)
     vectors = inputs["weight"], inputs.get("bias"), inputs["mask"] if masked else None
-    arguments = (inputs["x"], inputs["branch"], inputs["branch_mask"], scale, *vectors, 1e-6, torch.float16)
+    of_branch = inputs["branch"], inputs.get("branch_bias"), inputs["branch_mask"], scale
+    arguments = (inputs["x"], *of_branch, *vectors, 1e-6, torch.float16)
     torch.library.opcheck(torch.ops.ofb_kernels.masked_add_layer_norm.default, arguments)
     arguments = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
-    grad, (x, branch, *rest) = torch.randn(3, 5, 8, device=device), arguments[:7]
+    grad, (x, branch, *rest) = torch.randn(3, 5, 8, device=device), arguments[:8]
     statistics = torch.randn(15, device=device), torch.rand(15, device=device)
     for grads in ((grad, grad.clone()), (grad, None), (None, grad)):
         arguments = (*grads, x, branch, *rest, *statistics, 1e-6)
@@ -220,6 +236,8 @@ def test_opcheck(bias, masked, device):
         ({"branch": torch.randn(3, 2, 5)}, ValueError, r"expected branch of shape \(3, 2, 6\), got \(3, 2, 5\)"),
         ({"branch": torch.randn(3, 2, 6).half()}, TypeError, "expected branch of x's dtype torch.float32"),
         ({"branch_mask": torch.rand(3, 6)}, ValueError, r"expected branch_mask of shape \(6\), got \(3, 6\)"),
+        ({"branch_bias": torch.rand(5)}, ValueError, r"expected branch_bias of shape \(6\), got \(5,\)"),
+        ({"branch_bias": torch.rand(6).half()}, TypeError, "expected branch_bias of x's dtype torch.float32"),
         ({"branch_mask": None}, TypeError, "expected branch_mask as a torch.Tensor, got NoneType"),
         ({"mask": torch.rand(5)}, ValueError, r"expected mask of shape \(6\), got \(5,\)"),
         ({"sample_scale": torch.rand(2)}, ValueError, r"expected sample_scale of shape \(3\), got \(2,\)"),

@@ -141,40 +141,44 @@ def backward(
     log_sum_exp: Tensor,
     scale: float,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """grad_qkv, packed and contiguous, in qkv's dtype, and grad_mask (H, d) in accumulator precision."""
+    sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """grad_qkv, packed and contiguous, in qkv's dtype; in accumulator precision grad_mask (H, d), and if
+    `sums` those of grad_qkv over all tokens (3·H·d,), the gradient of the projection's bias."""
     batch, tokens, _, heads, head_dim = qkv.shape
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sum_exp)
     mask, bias, windows = mask.contiguous(), *_dense(bias)
     sizes = (tokens, heads, windows, *_strides(qkv), *grad_out.stride())
-    constants = dict(SCALE=scale, **_constants(qkv, grad_out))
+    constants = dict(SCALE=scale, SUMS=sums, **_constants(qkv, grad_out))
 
     def launch_query(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
-        partial = delta.new_empty(batch * tiles, heads * head_dim)
+        partial = delta.new_empty(batch * tiles, 2 if sums else 1, heads * head_dim)
         _backward_query_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], **constants, **configuration,
         )  # fmt: skip
-        return column_sums(partial).view(heads, head_dim)
+        return column_sums(partial.flatten(1)).view(partial.shape[1:])  # of the mask, then of what was asked for
 
     def launch_key_value(configuration: dict) -> Tensor:
         tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
-        partial = delta.new_empty(batch * tiles, heads * head_dim)
+        partial = delta.new_empty(batch * tiles, 3 if sums else 1, heads * head_dim)
         _backward_key_value_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial, *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_M"], **constants, **configuration,
         )  # fmt: skip
-        return column_sums(partial).view(heads, head_dim)
+        return column_sums(partial.flatten(1)).view(partial.shape[1:])  # of the mask, then of what was asked for
 
     if qkv.numel() == 0:
-        return grad_qkv, delta.new_zeros(heads, head_dim)
+        return grad_qkv, delta.new_zeros(heads, head_dim), delta.new_zeros(3 * heads * head_dim) if sums else None
     kind, query, key_value = "", BACKWARD_QUERY_CONFIGURATIONS, BACKWARD_KEY_VALUE_CONFIGURATIONS
     if bias is not None:
         kind, query, key_value = "biased_", BIASED_CONFIGURATIONS, BIASED_KEY_VALUE_CONFIGURATIONS
-    grad_mask = _run(f"{kind}backward_query", query, qkv, launch_query)
-    return grad_qkv, grad_mask + _run(f"{kind}backward_key_value", key_value, qkv, launch_key_value)
+    mask_by_query, *sum_q = _run(f"{kind}backward_query", query, qkv, launch_query)
+    mask_by_key_value, *sum_kv = _run(f"{kind}backward_key_value", key_value, qkv, launch_key_value)
+    grad_mask = (mask_by_query + mask_by_key_value).view(heads, head_dim)
+    return grad_qkv, grad_mask, torch.cat([*sum_q, *sum_kv]) if sums else None
 
 
 def backward_bias(
@@ -336,7 +340,7 @@ def _backward_query_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, SUMS: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -353,7 +357,7 @@ def _backward_query_kernel(
     grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
     out_ptr += (batch * tokens * heads + head) * HEAD_DIM
     grad_qkv_ptr += (batch * tokens * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * heads + head) * HEAD_DIM
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * (2 if SUMS else 1) * heads + head) * HEAD_DIM
     rows = (batch * heads + head) * tokens + offsets_m
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
@@ -389,11 +393,14 @@ def _backward_query_kernel(
         mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
         q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d, True)
     grad_masked_q = grad_q * (SCALE * mask)[None, :]
+    grad_q = grad_masked_q * mask[None, :]  # 0 past the last query
     offsets = offsets_m.to(tl.int64)[:, None] * (3 * heads * HEAD_DIM) + offsets_d[None, :]
-    tl.store(grad_qkv_ptr + offsets, grad_masked_q * mask[None, :], mask=in_queries[:, None] & in_head[None, :])
+    tl.store(grad_qkv_ptr + offsets, grad_q, mask=in_queries[:, None] & in_head[None, :])
     # the share of q and k in dm: 2 · scale · m ⊙ Σ_rows q ⊙ (ds k)
     partial = tl.sum(2.0 * grad_masked_q * q.to(ACCUMULATOR), 0)
     tl.store(partial_ptr + offsets_d, partial, mask=in_head)
+    if SUMS:
+        tl.store(partial_ptr + heads * HEAD_DIM + offsets_d, tl.sum(grad_q, 0), mask=in_head)
 
 
 @triton.jit
@@ -401,7 +408,7 @@ def _backward_key_value_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    WHOLE_ROW: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, SUMS: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -419,7 +426,7 @@ def _backward_key_value_kernel(
     log_sum_exp_ptr += (batch * heads + head) * tokens
     delta_ptr += (batch * heads + head) * tokens
     grad_qkv_ptr += ((batch * tokens + tile * BLOCK_N) * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_N) + tile) * heads + head) * HEAD_DIM
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_N) + tile) * (3 if SUMS else 1) * heads + head) * HEAD_DIM
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     keys, keys_ptr = tl.arange(0, BLOCK_N), qkv_ptr + (tile * BLOCK_N).to(tl.int64) * stride_n
@@ -454,11 +461,17 @@ def _backward_key_value_kernel(
     part = heads * HEAD_DIM
     inside = in_keys[:, None] & in_head[None, :]
     offsets = keys.to(tl.int64)[:, None] * (3 * part) + part + offsets_d[None, :]
-    tl.store(grad_qkv_ptr + offsets, grad_k * (SCALE * mask * mask)[None, :], mask=inside)
-    tl.store(grad_qkv_ptr + offsets + part, grad_masked_v * mask[None, :], mask=inside)
-    # the share of v in dm: Σ_rows v ⊙ (pᵀ do); past the last key p may overflow
-    partial = tl.sum(tl.where(inside, grad_masked_v * v.to(ACCUMULATOR), 0.0), 0)
-    tl.store(partial_ptr + offsets_d, partial, mask=in_head)
+    # past the last key p may overflow
+    grad_k = tl.where(inside, grad_k * (SCALE * mask * mask)[None, :], 0.0)
+    grad_masked_v = tl.where(inside, grad_masked_v, 0.0)
+    grad_v = grad_masked_v * mask[None, :]
+    tl.store(grad_qkv_ptr + offsets, grad_k, mask=inside)
+    tl.store(grad_qkv_ptr + offsets + part, grad_v, mask=inside)
+    # the share of v in dm: Σ_rows v ⊙ (pᵀ do)
+    tl.store(partial_ptr + offsets_d, tl.sum(grad_masked_v * v.to(ACCUMULATOR), 0), mask=in_head)
+    if SUMS:
+        tl.store(partial_ptr + part + offsets_d, tl.sum(grad_k, 0), mask=in_head)
+        tl.store(partial_ptr + 2 * part + offsets_d, tl.sum(grad_v, 0), mask=in_head)
 
 
 @triton.jit

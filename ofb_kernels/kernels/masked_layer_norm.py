@@ -1,9 +1,9 @@
 """Masked LayerNorm, alone or of a residual stream to which a branch is added on the way: whole rows in registers, a
 chunk of rows for each program.
 
-With a branch, x stands below for the new stream x + s·(branch ⊙ v), s one number for each sample; it is written beside
-the norm's output, and its gradient dsum comes in beside dout:
-           dx += dsum,   dbranch = s·dx ⊙ v,   dv = Σ_rows s·dx ⊙ branch
+With a branch, x stands below for the new stream x + s·((branch + a) ⊙ v), s one number for each sample and a the bias
+that the branch may still lack; it is written beside the norm's output, and its gradient dsum comes in beside dout:
+           dx += dsum,   dbranch = s·dx ⊙ v,   da = v ⊙ Σ_rows s·dx,   dv = Σ_rows s·dx ⊙ branch + a ⊙ Σ_rows s·dx
 
 Forward:   mean = Σ m⊙x / M,   var = Σ m⊙(x − mean)² / M,   n = (x − mean)·rstd,   out = (n⊙w + b)⊙m,   M = Σ m
 Backward:  g = dout⊙w⊙m and, for each row, c1 = Σ g / M, c2 = Σ g⊙n / M
@@ -87,18 +87,20 @@ BACKWARD_CONFIGURATIONS = {
 
 
 class Branch(NamedTuple):
-    """What is added to the residual stream: values (M, N), mask (N,), and scale, one number for each sample or None.
+    """What is added to the residual stream: values (M, N), bias (N,) or None, mask (N,), and scale, one number for each
+    sample or None.
 
     A sample is `rows_per_sample` consecutive rows.
     """
 
     values: Tensor
+    bias: Tensor | None
     mask: Tensor
     scale: Tensor | None
     rows_per_sample: int
 
 
-_NO_BRANCH = Branch(None, None, None, 1)
+_NO_BRANCH = Branch(None, None, None, None, 1)
 
 
 def forward(
@@ -137,7 +139,8 @@ def backward(
     grad_stream: Tensor | None = None, branch: Branch = _NO_BRANCH,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """grad_x (M, N) in x's dtype; grad_branch (M, N) in the branch's, None without one; and grad_weight, grad_bias,
-    grad_mask and, with a branch, its mask's gradient, stacked (3 or 4, N), in accumulator precision.
+    grad_mask, with a branch its mask's gradient, with its bias that one's too, stacked (3 to 5, N), in accumulator
+    precision.
 
     With a branch x is the new stream, and grad_stream (M, N) what comes back along it. One of grad_out and grad_stream
     may be None: nobody used that output.
@@ -146,7 +149,8 @@ def backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_branch, vectors = None, 3
     if branch.values is not None:
-        grad_branch, vectors = torch.empty_like(branch.values, memory_format=torch.contiguous_format), 4
+        grad_branch = torch.empty_like(branch.values, memory_format=torch.contiguous_format)
+        vectors = 4 if branch.bias is None else 5
     weight, bias, mask = weight.contiguous(), _contiguous(bias), _contiguous(mask)
     block_n = _padded_width(columns)
 
@@ -176,8 +180,8 @@ def _stream_like(x: Tensor, branch: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
 
 
-def _arguments(branch: Branch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return branch.values, _contiguous(branch.mask), _contiguous(branch.scale)
+def _arguments(branch: Branch) -> tuple[Tensor | None, ...]:
+    return branch.values, *(_contiguous(each) for each in (branch.bias, branch.mask, branch.scale))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -205,7 +209,7 @@ def _multiple(*matrices: Tensor | None) -> int:
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, mask_ptr, branch_ptr, branch_mask_ptr, sample_scale_ptr,
+    x_ptr, weight_ptr, bias_ptr, mask_ptr, branch_ptr, branch_bias_ptr, branch_mask_ptr, sample_scale_ptr,
     out_ptr, stream_ptr, mean_ptr, rstd_ptr,
     rows, columns, rows_per_sample, stride_xm, stride_xn, stride_bm, stride_bn,
     EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLE: tl.constexpr,
@@ -228,9 +232,11 @@ def _forward_kernel(
         x_ptrs = x_ptr + rows_m * stride_xm + columns_n * stride_xn
         x = tl.load(x_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)  # (BLOCK_M, BLOCK_N)
         if branch_ptr is not None:
-            # x + s·(branch ⊙ v), normalized as it is stored
+            # x + s·((branch + a) ⊙ v), normalized as it is stored
             branch_ptrs = branch_ptr + rows_m * stride_bm + columns_n * stride_bn
             branch = tl.load(branch_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
+            if branch_bias_ptr is not None:
+                branch += tl.load(branch_bias_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)[None, :]
             scale_m = _sample_scale(sample_scale_ptr, offsets_m, in_rows, rows_per_sample, ACCUMULATOR)
             branch_mask = tl.load(branch_mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)
             stream = (x + branch * branch_mask[None, :] * scale_m[:, None]).to(stream_ptr.dtype.element_ty)
@@ -253,7 +259,8 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_out_ptr, grad_stream_ptr, x_ptr, weight_ptr, bias_ptr, mask_ptr,
-    branch_ptr, branch_mask_ptr, sample_scale_ptr, mean_ptr, rstd_ptr, grad_x_ptr, grad_branch_ptr, partial_ptr,
+    branch_ptr, branch_bias_ptr, branch_mask_ptr, sample_scale_ptr,
+    mean_ptr, rstd_ptr, grad_x_ptr, grad_branch_ptr, partial_ptr,
     rows, columns, rows_per_sample,
     stride_gm, stride_gn, stride_sm, stride_sn, stride_xm, stride_xn, stride_bm, stride_bn,
     EPS: tl.constexpr, ACCUMULATOR: tl.constexpr, MULTIPLE: tl.constexpr,
@@ -271,10 +278,11 @@ def _backward_kernel(
     sum_product = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # dout⊙n
     sum_grad_out = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # dout
     sum_statistics = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # c1·n + ½·c2·(n² − var·rstd²)
-    VECTORS: tl.constexpr = 3 if branch_ptr is None else 4
+    VECTORS: tl.constexpr = 3 if branch_ptr is None else 4 if branch_bias_ptr is None else 5
     if branch_ptr is not None:
         branch_mask = tl.load(branch_mask_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
         sum_branch = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # s·dx ⊙ branch
+        sum_scaled = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # s·dx
     for step in tl.range(STEPS, num_stages=STAGES):
         offsets_m = (tl.program_id(0) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = offsets_m < rows
@@ -295,7 +303,7 @@ def _backward_kernel(
         c2 = tl.sum(grad_normalized * normalized, 1)[:, None] / total
         grad_x = rstd[:, None] * (grad_normalized - mask[None, :] * (c1 + c2 * normalized))
         if branch_ptr is not None:
-            # dx += dsum, dbranch = s·dx ⊙ v, dv = Σ_rows s·dx ⊙ branch
+            # dx += dsum, dbranch = s·dx ⊙ v
             if grad_stream_ptr is not None:
                 grad_stream_ptrs = grad_stream_ptr + rows_m * stride_sm + columns_n * stride_sn
                 grad_x += tl.load(grad_stream_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
@@ -306,6 +314,8 @@ def _backward_kernel(
             grad_branch = grad_scaled * branch_mask[None, :]
             tl.store(grad_branch_ptr + rows_m * columns + offsets_n[None, :], grad_branch, mask=inside)
             sum_branch += grad_scaled * branch
+            if branch_bias_ptr is not None:
+                sum_scaled += grad_scaled
         tl.store(grad_x_ptr + rows_m * columns + offsets_n[None, :], grad_x, mask=inside)
         sum_product += grad_out * normalized
         sum_grad_out += grad_out
@@ -323,7 +333,14 @@ def _backward_kernel(
     tl.store(partial_ptrs + columns, mask * grad_out, mask=in_columns)
     tl.store(partial_ptrs + 2 * columns, grad_mask, mask=in_columns)
     if branch_ptr is not None:
-        tl.store(partial_ptrs + 3 * columns, tl.sum(sum_branch, 0), mask=in_columns)
+        # da = v ⊙ Σ_rows s·dx, dv = Σ_rows s·dx ⊙ branch + a ⊙ Σ_rows s·dx
+        grad_branch_mask = tl.sum(sum_branch, 0)
+        if branch_bias_ptr is not None:
+            grad_scaled = tl.sum(sum_scaled, 0)
+            branch_bias = tl.load(branch_bias_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)
+            grad_branch_mask += branch_bias * grad_scaled
+            tl.store(partial_ptrs + 4 * columns, branch_mask * grad_scaled, mask=in_columns)
+        tl.store(partial_ptrs + 3 * columns, grad_branch_mask, mask=in_columns)
 
 
 @triton.jit

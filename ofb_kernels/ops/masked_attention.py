@@ -167,7 +167,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     from ofb_kernels.kernels import masked_attention as kernel
 
-    return kernel.backward(grad_out, qkv, mask, out, log_sum_exp, scale, bias)
+    return kernel.backward(grad_out, qkv, mask, out, log_sum_exp, scale, bias)[:2]
 
 
 @_backward.register_fake
@@ -252,9 +252,9 @@ def _qkv_backward(
     """Gradients of x, weight, bias, empty where they are not needed, and of the mask."""
     from ofb_kernels.kernels import masked_attention
 
-    grad_qkv, grad_mask = masked_attention.backward(grad_out, qkv, mask, out, log_sum_exp, scale, attention_bias)
-    needs = needs_x, needs_projection
-    *gradients, _ = linear_gradients(as_rows(grad_qkv.flatten(2)), None, x, weight, bias, None, kept, needs)
+    results, sums, needs = (out, log_sum_exp, scale, attention_bias), bias is not None, (needs_x, needs_projection)
+    grad_qkv, grad_mask, grad_sums = masked_attention.backward(grad_out, qkv, mask, *results, sums and needs_projection)
+    *gradients, _ = linear_gradients(as_rows(grad_qkv.flatten(2)), grad_sums, x, weight, bias, None, kept, needs)
     return *gradients, grad_mask.to(mask.dtype)
 
 

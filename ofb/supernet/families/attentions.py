@@ -12,7 +12,7 @@ from timm.layers.attention import Attention
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ofb.supernet.families.layers import linear, masked_norm, present, resized
+from ofb.supernet.families.layers import linear_without_bias, masked_norm, present, resized
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates, attention_candidates
 from ofb_kernels import masked_linear, masked_qkv_attention
@@ -81,8 +81,9 @@ def masked_forward(
     norm_mask: Tensor | None,
     rope: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
-    """The attention with mask (H, d).
+    without_bias: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention with mask (H, d), and the bias of its projection that it lacks.
 
     Args:
         attn: the attention.
@@ -91,6 +92,7 @@ def masked_forward(
         norm_mask: (H · d,), V for the norm of what it attended to, if it has one.
         rope: timm's embedding of the positions behind the prefix tokens, None where q and k are not turned.
         bias: (H, N, N), added to the scores.
+        without_bias: whether to leave the bias of the projection to who adds the branch to the stream.
     """
     weight, qkv_bias = qkv_parameters(attn)
     if rope is None and not present(attn.q_norm, attn.k_norm):
@@ -104,7 +106,8 @@ def masked_forward(
         bias = None if bias is None else bias.to(q.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale).transpose(1, 2).flatten(2)
     norm = getattr(attn, "norm", None)
-    return linear(attn.proj, attended if norm is None else masked_norm(norm, attended, norm_mask))
+    attended = attended if norm is None else masked_norm(norm, attended, norm_mask)
+    return linear_without_bias(attn.proj, attended, without_bias)
 
 
 def fold(attn: nn.Module, mask: Tensor) -> None:

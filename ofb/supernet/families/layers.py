@@ -12,6 +12,7 @@ from ofb.supernet.masked_images import blocks_of
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates
 from ofb_kernels import masked_add_layer_norm, masked_layer_norm, masked_linear
+from ofb_kernels.dispatch import choose_backend
 from ofb_kernels.eager import add_branch
 from ofb_kernels.ops.checks import compute_dtype
 
@@ -116,26 +117,40 @@ def drop_path_scales(drop_paths: Sequence[nn.Module], x: Tensor) -> list[Tensor 
     return scales
 
 
+def adds_bias(norm: nn.Module, x: Tensor) -> bool:
+    """Whether `add_norm` is the place for the bias of the linear layer before: the fused op has its gradient for
+    nothing. Everywhere else a product adds the bias for nothing."""
+    return isinstance(norm, nn.LayerNorm) and choose_backend("masked_add_layer_norm", None, {"x": x}) == "triton"
+
+
+def linear_without_bias(layer: nn.Linear, x: Tensor, without: bool) -> tuple[Tensor, Tensor | None]:
+    """`linear`, or where that is wanted and can be, its product alone and the bias beside it."""
+    if without and type(layer) is nn.Linear:
+        return masked_linear(x, layer.weight, None, None), layer.bias
+    return linear(layer, x), None
+
+
 def add_norm(
     x: Tensor,
-    branch: Tensor,
+    branch: tuple[Tensor, Tensor | None],
     layer_scale: Callable[[Tensor], Tensor],
     sample_scale: Tensor | None,
     residual_mask: Tensor | None,
     norm: nn.Module,
     norm_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The new stream x + sample_scale · layer_scale(branch ⊙ mask), and its norm.
+    """The new stream x + sample_scale · layer_scale(branch ⊙ mask), and its norm; a branch comes with the bias that it
+    lacks.
 
     Mask, layer scale and sample scale all only scale: they are multiplied together before they meet the branch.
     """
     branch_mask = layer_scale(x.new_ones(x.shape[-1]) if residual_mask is None else residual_mask)
+    branch, branch_bias = branch
     if not isinstance(norm, nn.LayerNorm):
-        x = add_branch(x, branch, branch_mask, sample_scale)
+        x = add_branch(x, branch, branch_mask, sample_scale, branch_bias)
         return x, masked_norm(norm, x, norm_mask)
-    return masked_add_layer_norm(
-        x, branch, branch_mask, norm.weight, norm.bias, norm_mask, norm.eps, sample_scale=sample_scale
-    )
+    vectors = branch_mask, norm.weight, norm.bias, norm_mask
+    return masked_add_layer_norm(x, branch, *vectors, norm.eps, sample_scale, branch_bias=branch_bias)
 
 
 def copies(mask: Tensor | None, count: int) -> Sequence[Tensor | None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ofb.supernet.families.layers import (
     ACTIVATION_LAYERS,
     activation,
-    linear,
+    linear_without_bias,
     masked_norm,
     present,
     resized,
@@ -51,12 +51,16 @@ def couplings(mlp: nn.Module, name: str) -> list[Coupling]:
     return [*found, Coupling(f"{name}.fc2.weight", 1)]
 
 
-def masked_forward(mlp: nn.Module, x: Tensor, mask: Tensor, norm_mask: Tensor | None) -> Tensor:
-    """The MLP with mask (hidden,), and V (hidden,) for the norm inside if it has one."""
+def masked_forward(
+    mlp: nn.Module, x: Tensor, mask: Tensor, norm_mask: Tensor | None, without_bias: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The MLP with mask (hidden,), and V (hidden,) for the norm inside if it has one; beside it the bias that it lacks,
+    fc2's if that is left to who adds the branch to the stream."""
     fc2 = mlp.fc2
     if type(mlp) is Mlp and not present(mlp.norm) and activation(mlp.act) in FUSED_ACTIVATIONS:
         fc1 = mlp.fc1
-        return masked_mlp(x, fc1.weight, fc1.bias, mask, fc2.weight, fc2.bias, activation(mlp.act))
+        bias, late_bias = (None, fc2.bias) if without_bias else (fc2.bias, None)
+        return masked_mlp(x, fc1.weight, fc1.bias, mask, fc2.weight, bias, activation(mlp.act)), late_bias
     if type(mlp) is SwiGLU:
         hidden = mlp.act(mlp.fc1_g(x)) * masked_linear(x, mlp.fc1_x.weight, mlp.fc1_x.bias, mask)
     elif type(mlp) is GluMlp:
@@ -64,7 +68,7 @@ def masked_forward(mlp: nn.Module, x: Tensor, mask: Tensor, norm_mask: Tensor | 
         hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
     else:
         hidden = mlp.act(masked_linear(x, mlp.fc1.weight, mlp.fc1.bias, mask))
-    return linear(fc2, masked_norm(mlp.norm, hidden, norm_mask))
+    return linear_without_bias(fc2, masked_norm(mlp.norm, hidden, norm_mask), without_bias)
 
 
 def fold(mlp: nn.Module, mask: Tensor) -> None:

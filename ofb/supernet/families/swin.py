@@ -26,8 +26,9 @@ from ofb.supernet.families import attentions, mlps, vit_checks
 from ofb.supernet.families.layers import (
     Submodule,
     add_norm,
+    adds_bias,
     drop_path_scales,
-    linear,
+    linear_without_bias,
     masked_norm,
     patch_embeddings,
     present,
@@ -208,9 +209,10 @@ def _block(
     bias = bias[0] if block.attn_mask is None else bias + block.attn_mask[:, None]
     weights = attentions.qkv_parameters(attn)
     attended = masked_qkv_attention(windows, *weights, attention_mask, attn.scale, attention_bias=bias)
-    branch = _from_windows(block, linear(attn.proj, attended))
+    branch, branch_bias = linear_without_bias(attn.proj, attended, adds_bias(block.norm2, x))
+    branch = _from_windows(block, branch), branch_bias
     x, normalized = add_norm(x, branch, nn.Identity(), sample_scales[0], residual_mask, block.norm2, norm_mask)
-    branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, norm_mask=None)
+    branch, _ = mlps.masked_forward(block.mlp, normalized, mlp_mask, norm_mask=None)
     branch_mask = x.new_ones(x.shape[-1]) if residual_mask is None else residual_mask
     return add_branch(x, branch, branch_mask, sample_scales[1])
 

@@ -19,6 +19,7 @@ from ofb.supernet.families import attentions, mlps, pools, tokens
 from ofb.supernet.families.layers import (
     Submodule,
     add_norm,
+    adds_bias,
     copies,
     drop_path_scales,
     masked_norm,
@@ -264,10 +265,11 @@ def _block(
     and what the next norm makes of it. Drop path's scales, residual and norm masks are given for the attention and for
     the MLP."""
     bias = None if key_weight is None else tokens.attention_bias(key_weight, x.shape[1], len(attention_mask))
-    branch = attentions.masked_forward(block.attn, normalized, attention_mask, attention_norm_mask, rope, bias)
+    masks, without_bias = (attention_mask, attention_norm_mask), adds_bias(block.norm2, x)
+    branch = attentions.masked_forward(block.attn, normalized, *masks, rope, bias, without_bias)
     scale1, scale2 = _layer_scales(block)
     x, normalized = add_norm(x, branch, scale1, sample_scales[0], residual_masks[0], block.norm2, norm_masks[0])
-    branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, mlp_norm_mask)
+    branch = mlps.masked_forward(block.mlp, normalized, mlp_mask, mlp_norm_mask, adds_bias(next_norm, x))
     return add_norm(x, branch, scale2, sample_scales[1], residual_masks[1], next_norm, norm_masks[1])
 
 
