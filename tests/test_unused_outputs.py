@@ -82,6 +82,7 @@ def test_compiled_backward_makes_no_zeros(op, used, device):
         calls.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
         return make_boxed_func(graph.forward)
 
+    torch.compiler.reset()  # to a compiler all cases are one function, which it takes eight times
     inputs = make_inputs(op, device)
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=record)
     result = torch.compile(output_of(op, used, device), fullgraph=True, backend=backend)(**inputs)

@@ -1,6 +1,8 @@
-"""Sums over the rows of a matrix: two launches of the same kernel, no atomics, the same bits every time.
+"""Sums over the rows of a matrix: one or two launches of the same kernel, no atomics, the same bits every time.
 
-torch.sum is far from the memory's speed where columns are few and long (benchmarks/NOTES.md).
+torch.sum is far from the memory's speed where columns are few and long (benchmarks/NOTES.md). The sums that other
+kernels leave for each of their programs are some hundred or thousand rows, still in L2: narrow programs with tall tiles
+are through with them in a few loads one after the other, and a second launch would take as long.
 """
 
 import math
@@ -18,7 +20,9 @@ from ofb_kernels.kernels.common import (
     unit_rows,
 )
 
-BLOCK_M = 32
+FEW_ROWS = 4096  # in one launch
+FEW = dict(BLOCK_M=512, BLOCK_N=8, num_warps=8)
+CHUNKS = dict(BLOCK_M=32, BLOCK_N=128, num_warps=4)
 
 
 def column_sums(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,22 +30,22 @@ def column_sums(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or torch.promote_types(matrix.dtype, torch.float32)
     if matrix.numel() == 0:
         return matrix.new_zeros(matrix.shape[1], dtype=dtype)
-    rows = matrix.shape[0]
-    steps = max(1, triton.next_power_of_2(math.isqrt(rows)) // BLOCK_M)
+    matrix, wide = unit_rows(matrix), torch.promote_types(matrix.dtype, torch.float32)
     with on_device_of(matrix):
-        partial = _launch(unit_rows(matrix), torch.promote_types(matrix.dtype, torch.float32), steps, BLOCK_N=128)
-        return _launch(partial, dtype, triton.cdiv(len(partial), BLOCK_M), BLOCK_N=32)[0]
+        while len(matrix) > FEW_ROWS:
+            steps = max(1, triton.next_power_of_2(math.isqrt(len(matrix))) // CHUNKS["BLOCK_M"])
+            matrix = _launch(matrix, wide, steps, CHUNKS)
+        return _launch(matrix, dtype, triton.cdiv(len(matrix), FEW["BLOCK_M"]), FEW)[0]
 
 
-def _launch(matrix: Tensor, dtype: torch.dtype, steps: int, BLOCK_N: int) -> Tensor:
+def _launch(matrix: Tensor, dtype: torch.dtype, steps: int, tile: dict) -> Tensor:
     """(chunks, N): the sums of each chunk of BLOCK_M · steps rows."""
     rows, columns = matrix.shape
-    chunks = triton.cdiv(rows, BLOCK_M * steps)
+    chunks = triton.cdiv(rows, tile["BLOCK_M"] * steps)
     sums = matrix.new_empty((chunks, columns), dtype=dtype)
-    _column_sums_kernel[(triton.cdiv(columns, BLOCK_N), chunks)](
+    _column_sums_kernel[(triton.cdiv(columns, tile["BLOCK_N"]), chunks)](
         matrix, sums, rows, columns, matrix.stride(0), steps,
-        MULTIPLE=hidden_multiple(columns, matrix.stride(0)), ACCUMULATOR=accumulator_dtype(matrix),
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+        MULTIPLE=hidden_multiple(columns, matrix.stride(0)), ACCUMULATOR=accumulator_dtype(matrix), **tile,
     )  # fmt: skip
     return sums
 

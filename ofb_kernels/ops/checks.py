@@ -30,7 +30,7 @@ def check_floating(op: str, **tensors: Tensor | None) -> None:
 
 def check_shape(op: str, name: str, tensor: Tensor | None, *expected: int | str) -> None:
     """The shape is `expected`; a string stands for a dimension of any size, "..." for any leading dimensions."""
-    if tensor is None:
+    if tensor is None or tensor.shape == expected:
         return
     sizes = expected[1:] if expected and expected[0] == "..." else expected
     tail = tensor.shape[tensor.dim() - len(sizes) :] if len(sizes) else ()

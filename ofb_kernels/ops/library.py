@@ -27,11 +27,13 @@ class LibraryOp:
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
         self._definition.register_autograd(backward, setup_context=setup_context)
-        members = {
-            "forward": staticmethod(self._function),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(once_differentiable(backward)),
-        }
+
+        def forward(ctx, *arguments):  # with a setup_context of its own PyTorch looks at signatures in every call
+            output = self._function(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
         self._apply = type(self._name, (torch.autograd.Function,), members).apply
 
     def __call__(self, *arguments):
