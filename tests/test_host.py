@@ -23,10 +23,9 @@ def in_own_process():
 
 def test_a_step_of_deit_small_launches_no_more_than_predicted(in_own_process):
     """The bounds are those of the predicted step; `python -m benchmarks.host --names` says what there is."""
-    whole, block, outside = in_own_process(deit_small_launches)
+    _, block, outside = in_own_process(deit_small_launches)
     assert total(block) <= floors.LAUNCHES_IN_A_BLOCK
     assert total(outside) <= floors.LAUNCHES_OUTSIDE
-    assert total(whole) == 12 * total(block) + total(outside)
 
 
 def test_another_launch_in_each_block_is_seen(in_own_process):
