@@ -5,6 +5,9 @@
 A group is what one fused kernel or product does. It takes at least the longer of its operations at peak rate and its
 least bytes (each operand read once, each result written once) at peak bandwidth; a pass takes the sum of its groups.
 Activations are bfloat16, the residual stream and all parameters float32, as under autocast.
+
+Beside a step's floor stands what it should take on an H200 and on an H100 as a CUDA graph: what such groups have
+reached of their floors in a measured step, and what its launches take besides (`predicted_seconds`).
 """
 
 import argparse
@@ -183,11 +186,63 @@ def step(s: Sizes) -> list[Group]:
     ]  # fmt: skip
 
 
+# ---- what a step should take ----
+
+# What copies reach: measured on an H200; on an H100 the same share of its memory's peak, 3.35 TB/s instead of 4.8.
+# Both have the same multiprocessors, so the rate of products is the H200's; an H100 at its power limit stays below.
+CARDS = {"H200": Rates(), "H100": Rates(bytes=3.0e12)}
+# Floor over measured time of groups in one step: DeiT-S, batch 256, an H200, profiled at commit 2ace869, the column
+# sums at bed2e9b (benchmarks/NOTES.md). Plain products are cuBLAS's.
+REACH_OF_PRODUCTS = 0.80  # 6.4 of 8.0 ms
+REACH = {
+    "add + norm": 0.70,  # 1.3 of 1.9 ms
+    "add + norm backward": 0.71,  # 2.0 of 2.8 ms
+    "column sums": 0.49,  # 18 of 37 µs
+    "casts": 0.70,  # taken to be AdamW's
+    "AdamW": 0.70,  # 0.14 of 0.2 ms
+}
+# The same of kernels that wait on the multiprocessor, not for memory: as long on both cards. Issuing the instructions
+# counted in their machine code would take 15 to 45 % of the time, so that this alone predicts nothing.
+REACH_ON_CHIP = {
+    "fc1 + bias, mask, GELU": 0.44,  # 0.98 of 2.2 ms
+    "dhidden + GELU', mask, column sums": 0.64,  # 1.4 of 2.2 ms
+    "attention": 0.36,  # 0.43 of 1.2 ms
+    "attention backward": 0.20,  # 0.87 of 4.4 ms
+    "reconstruction target": 0.33,  # 72 of 214 µs
+}
+# Upper bounds of what benchmarks.host counts, to be lowered whenever launches go; tests/test_host.py holds them.
+LAUNCHES_IN_A_BLOCK, LAUNCHES_OUTSIDE = 58, 302
+LAUNCH = 3.0e-6  # seconds of each in a CUDA graph: what the profiled groups leave of the step's 27.2 ms at bed2e9b
+
+
+def predicted_seconds(s: Sizes, rates: Rates) -> float:
+    """What a search step should take on a card, one of CARDS."""
+    kernels = sum(_reached(group, rates) for group in [*step(s), *besides(s)])
+    return kernels + LAUNCH * (LAUNCHES_IN_A_BLOCK * s.depth + LAUNCHES_OUTSIDE)
+
+
+def _reached(group: Group, rates: Rates) -> float:
+    least = group.seconds(rates)
+    if group.name in REACH_ON_CHIP:
+        return max(least, group.seconds(CARDS["H200"]) / REACH_ON_CHIP[group.name])
+    return least / REACH.get(group.name, REACH_OF_PRODUCTS)
+
+
+def besides(s: Sizes) -> list[Group]:
+    """Passes over memory that a step makes and could do without: the products before them have the values at hand."""
+    summed = 3 * s.attention_width + 2 * s.width  # gradients of the biases of qkv, proj and fc2
+    cast = (2 * FULL + 2 * HALF) * parameters(s) + (FULL + HALF) * 3 * s.batch * s.side**2  # weights both ways, images
+    return [*(s.depth * [Group("column sums", 0, HALF * s.rows * summed)]), Group("casts", 0, cast)]
+
+
 def main() -> None:
     arguments = parse_arguments()
     rates = Rates(arguments.tflops * 1e12, arguments.tbps * 1e12)
-    print(f"floors at {arguments.tflops:g} TFLOP/s and {arguments.tbps:g} TB/s")
-    print(f"{'model':10} {'batch':>5} {'size':5} {'pass':34} {'GFLOP':>9} {'MB':>9} {'ms':>9}")
+    print(f"floors at {_rates(rates)}")
+    for name, card in CARDS.items():
+        print(f"{name}: what a step should take there as a CUDA graph, at {_rates(card)}")
+    cards = "".join(f"{name:>9}" for name in CARDS)
+    print(f"{'model':10} {'batch':>5} {'size':5} {'pass':34} {'GFLOP':>9} {'MB':>9} {'ms':>9}{cards}")
     for model in arguments.model:
         for batch in arguments.batch_size:
             full = Sizes(batch, **SIZES[model])
@@ -195,7 +250,12 @@ def main() -> None:
                 for name, groups in _passes(sizes):
                     operations, moved = sum(g.operations for g in groups), sum(g.bytes for g in groups)
                     figures = f"{operations / 1e9:9.1f} {moved / 1e6:9.1f} {1e3 * seconds(groups, rates):9.4f}"
-                    print(f"{model:10} {batch:5} {size:5} {name:34} {figures}")
+                    print(f"{model:10} {batch:5} {size:5} {name:34} {figures}", end="" if name == "step" else "\n")
+                print("".join(f"{1e3 * predicted_seconds(sizes, card):9.2f}" for card in CARDS.values()))
+
+
+def _rates(rates: Rates) -> str:
+    return f"{rates.operations / 1e12:g} TFLOP/s and {rates.bytes / 1e12:g} TB/s"
 
 
 def _passes(sizes: Sizes) -> Iterable[tuple[str, list[Group]]]:

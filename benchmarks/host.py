@@ -13,7 +13,6 @@ binder. What the driver takes for a launch, 3 to 5 µs, is not in them.
 """
 
 import argparse
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -246,19 +245,21 @@ def print_times(rounds: int) -> None:
     print()
     print(_row("host's least µs for an op", ["forward", "backward", "eager's", "eager's"]))
     for case in ops.cases(Sizes(BATCH, **TINY), "cpu", torch.bfloat16):
-        print(_row(case.op, [f"{1e6 * each:.0f}" for each in op_seconds(case, 10 * rounds)]))
+        times = op_seconds(case, 10 * rounds)
+        print(_row(case.op, ["" if each is None else f"{1e6 * each:.0f}" for each in times]))
     print("In these times: PyTorch's CPU kernels on tiny tensors. Not in them: the driver's 3 to 5 µs for each launch.")
 
 
-def op_seconds(case: ops.Case, rounds: int) -> Iterator[float]:
-    """Least seconds of an op's forward and backward on Triton, then of those of its eager form."""
+def op_seconds(case: ops.Case, rounds: int) -> Iterator[float | None]:
+    """Least seconds of an op's forward and backward (None without one) on Triton, then those of its eager form."""
     passes = ops.PASSES if case.leaves() else ops.PASSES[:1]
     forms = {backend: partial(case.run, backend) for backend in ("triton", "eager")}
     runs = {(backend, which): ops.pass_of(forms[backend], case, which) for backend in forms for which in passes}
     least = {name: min(taken) for name, taken in interleave(runs, "cpu", rounds).items()}
     for backend in forms:
-        yield least[backend, "forward"]
-        yield least.get((backend, "both"), math.nan) - least[backend, "forward"]
+        forward, *both = (least[backend, which] for which in passes)
+        yield forward
+        yield both[0] - forward if both else None
 
 
 def _row(name: str, cells: list[object]) -> str:

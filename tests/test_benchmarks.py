@@ -144,10 +144,45 @@ def test_the_page_is_that_of_the_results():
     assert (ROOT / "README.md").read_text() == page.page(ROOT / "results")
 
 
-def test_floors_print_without_a_gpu():
+def test_floors_and_predictions_print_without_a_gpu():
     command = [sys.executable, "-m", "benchmarks.floors", "--model", "deit_small", "--batch-size", "256"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "masked_attention forward" in printed and "step" in printed
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert any("masked_attention forward" in line for line in lines)
+    full = Sizes(256, **SIZES["deit_small"])
+    for size in ("full", "half"):
+        (printed,) = [line.split()[-3:] for line in lines if line.split()[2:4] == [size, "step"]]
+        seconds = [floors.seconds(floors.step(full.named(size)), Rates())]
+        seconds += [floors.predicted_seconds(full.named(size), card) for card in floors.CARDS.values()]
+        assert [float(each) for each in printed] == pytest.approx([1e3 * each for each in seconds], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "size", "measured"),
+    [
+        ("deit_small", 256, "full", 27.2),  # what the prediction learned from
+        ("deit_small", 64, "full", 9.87),
+        ("deit_small", 256, "half", 12.8),
+        ("deit_base", 128, "full", 38.6),
+    ],
+)
+def test_the_predicted_step_is_that_which_was_measured(model, batch, size, measured):
+    """Within a tenth, in ms on an H200, commits 2ace869 to bed2e9b."""
+    sizes = Sizes(batch, **SIZES[model]).named(size)
+    assert 1e3 * floors.predicted_seconds(sizes, floors.CARDS["H200"]) == pytest.approx(measured, rel=0.1)
+
+
+def test_every_reach_belongs_to_a_group_of_the_step():
+    """A group that is renamed would be predicted as a plain product."""
+    sizes = Sizes(1, **TINY)
+    names = {group.name for group in [*floors.step(sizes), *floors.besides(sizes)]}
+    assert names >= floors.REACH.keys() | floors.REACH_ON_CHIP.keys()
+
+
+def test_a_slower_memory_slows_what_waits_for_it():
+    """Less than in proportion: products and what waits for its own instructions take as long."""
+    sizes = Sizes(256, **SIZES["deit_small"])
+    fast, slow = (floors.predicted_seconds(sizes, Rates(bytes=bandwidth)) for bandwidth in (4.3e12, 3.0e12))
+    assert 1.05 * fast < slow < 1.3 * fast
 
 
 def test_scaling_times_each_step():

@@ -8,15 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import host, ops
+from benchmarks import floors, host, ops
 from benchmarks.floors import TINY, Sizes
 from ofb.supernet.families import vit
-
-# Upper bounds, to be lowered whenever launches go. They are the same for every plain ViT.
-MOST_IN_A_BLOCK = 58
-MOST_OUTSIDE = 291  # without the optimizer's
-MOST_IN_DEIT_SMALL = 998  # with the optimizer's
-DEPTHS = (3, 2)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +21,11 @@ def in_own_process():
         yield lambda function: pool.submit(function).result()
 
 
-def test_a_search_step_launches_no_more_than_today(in_own_process):
-    whole, block, outside = in_own_process(tiny_launches)
-    assert total(block) <= MOST_IN_A_BLOCK
-    assert total(outside, ("forward", "backward")) <= MOST_OUTSIDE
-    assert total(whole) == DEPTHS[0] * total(block) + total(outside)
-
-
-def test_deit_small_launches_no_more_than_today(in_own_process):
-    """Its own sizes, which decide how many launches the optimizer takes."""
-    assert total(in_own_process(deit_small_launches)) <= MOST_IN_DEIT_SMALL
+def test_a_step_of_deit_small_launches_no_more_than_predicted(in_own_process):
+    """The bounds are those of the predicted step; `python -m benchmarks.host --names` says what there is."""
+    _, block, outside = in_own_process(deit_small_launches)
+    assert total(block) <= floors.LAUNCHES_IN_A_BLOCK
+    assert total(outside) <= floors.LAUNCHES_OUTSIDE
 
 
 def test_another_launch_in_each_block_is_seen(in_own_process):
@@ -71,21 +60,21 @@ def test_times_are_those_of_every_op_and_of_the_step(in_own_process):
         assert times and all(float(each) > 0 for each in times), name
 
 
-def total(launches: Counter, phases: tuple[str, ...] = host.PHASES) -> int:
-    return sum(number for (phase, _), number in launches.items() if phase in phases)
+def total(launches: Counter) -> int:
+    return sum(launches.values())
 
 
 # ---- what runs in the other process ----
 
 
+def deit_small_launches() -> tuple[Counter, Counter, Counter]:
+    with host.host_only():
+        return host.launches("deit_small", "triton", (12, 6))
+
+
 def tiny_launches() -> tuple[Counter, Counter, Counter]:
     with host.host_only():
-        return host.launches("tiny", "triton", DEPTHS)
-
-
-def deit_small_launches() -> Counter:
-    with host.host_only():
-        return host.launches("deit_small", "triton", (12, 1))[0]
+        return host.launches("tiny", "triton", (3, 2))
 
 
 def launches_with_a_copy_in_each_block() -> tuple[Counter, Counter, Counter]:
