@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
-from ofb_kernels.rows import as_rows
+from ofb_kernels.rows import as_rows, count_rows
 
 
 def bimask(
@@ -32,11 +32,9 @@ def bimask(
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str | None
 ) -> Tensor:
-    if mask is None:
-        return ACTIVATIONS[activation](F.linear(x, weight, bias))
-    folded_weight = (weight * mask[:, None]).to(weight.dtype)
-    folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
-    return ACTIVATIONS[activation](F.linear(x, folded_weight, folded_bias))
+    if mask is not None:
+        weight, bias = _folded(weight, bias, mask)
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def masked_mlp(
@@ -61,9 +59,15 @@ def masked_attention(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | Non
 def masked_qkv_attention(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float, attention_bias: Tensor | None
 ) -> Tensor:
-    """The mask goes into the projection's weights: nothing is left of it in the attention."""
-    qkv = masked_linear(x, weight, bias, mask.flatten().repeat(3), None)
-    return _attention(*qkv.unflatten(-1, (3, *mask.shape)).unbind(2), scale, attention_bias).flatten(2)
+    """The mask goes into the projection's weights: nothing is left of it in the attention.
+
+    Which of SDPA's backends serves is torch's choice. On compute capability 9.0 and 10.0 it prefers cuDNN where that is
+    newer than 9.15, as in the wheels of torch 2.11. It is not forced elsewhere: an older cuDNN errs where the number of
+    tokens is no multiple of 128 (pytorch/pytorch#169849).
+    """
+    weight, bias = _folded(weight, bias, mask.flatten().repeat(3))
+    project = _project_qkv if _packs_gradients(x) else _ProjectQKV.apply
+    return _attention(*project(x, weight, bias, mask.shape), scale, attention_bias).flatten(2)
 
 
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float) -> Tensor:
@@ -92,6 +96,66 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     variance = torch.matmul(rows @ squares, columns.t(), out=squares).addcmul_(mean, mean, value=-1)
     variance = variance.mul_(pixels / (pixels - 1).clamp(min=1)).clamp_(min=0)
     return torch.sub(images, mean, out=mean).mul_(variance.add_(eps).rsqrt_())
+
+
+def _folded(weight: Tensor, bias: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's parameters, in their dtypes, with the mask of its output units multiplied in."""
+    return (weight * mask[:, None]).to(weight.dtype), None if bias is None else (bias * mask).to(bias.dtype)
+
+
+def _project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    """q, k and v, (B, N, H, d) each, all in the memory of one product; `shape` is (H, d)."""
+    return F.linear(x, weight, bias).unflatten(-1, (3, *shape)).unbind(2)
+
+
+def _packs_gradients(x: Tensor) -> bool:
+    """Whether dq, dk and dv are copied into one tensor, for one product each instead of three.
+
+    On a CPU both take as long. A compiler makes a copy of each sum of products, which costs more than packing.
+    """
+    return not x.is_cuda or torch.compiler.is_compiling()
+
+
+class _ProjectQKV(torch.autograd.Function):
+    """`_project_qkv` with a backward that takes dq, dk and dv where they lie.
+
+    dx = Σ dq Wq, added up in one buffer; dW and db by the rows of q, k and v, each written in its place. SDPA hands the
+    three back as (B, N, H, d) in memory, transposed: (B·N, H·d) is a view of that.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+        return _project_qkv(x, weight, bias, shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        if grads[0] is None:  # attention has gradients of all three, or of none
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        thirds = 3, len(weight) // 3
+        grad_x = grad_weight = grad_bias = None
+        with without_autocast(x):
+            grads = [grad.reshape(count_rows(x), thirds[1]) for grad in grads]
+            if needs_x:
+                first, *others = zip(grads, weight.unflatten(0, thirds), strict=True)
+                grad_x = torch.mm(*first)
+                for grad, part in others:
+                    grad_x.addmm_(grad, part)
+                grad_x = grad_x.view(x.shape)
+            if needs_weight:
+                grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                for grad, part in zip(grads, grad_weight.unflatten(0, thirds), strict=True):
+                    torch.mm(grad.t(), as_rows(x), out=part)
+            if needs_bias:
+                grad_bias = torch.cat([grad.sum(0) for grad in grads])
+        return grad_x, grad_weight, grad_bias, None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
