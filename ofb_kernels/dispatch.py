@@ -3,7 +3,8 @@
 Order of decision: the call's own `backend=`, the innermost `use_backend(...)`, the environment's
 `OFB_KERNELS_BACKEND`, and without any of them, on a CUDA device, the faster of triton and eager by measurement
 (`measured`), triton where nothing was measured and it supports the call; else eager.
-A backend asked for by name either serves the call or raises; it is never replaced silently.
+A backend asked for by name either serves the call or raises; it is never replaced silently. `explain_backend` says
+which backend serves a call and why.
 """
 
 import os

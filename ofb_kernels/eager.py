@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
-from ofb_kernels.rows import as_rows, count_rows
+from ofb_kernels.rows import as_rows
 
 
 def bimask(
@@ -119,8 +119,8 @@ def _packs_gradients(x: Tensor) -> bool:
 class _ProjectQKV(torch.autograd.Function):
     """`_project_qkv` with a backward that takes dq, dk and dv where they lie.
 
-    dx = Σ dq Wq, added up in one buffer; dW and db by the rows of q, k and v, each written in its place. SDPA hands the
-    three back as (B, N, H, d) in memory, transposed: (B·N, H·d) is a view of that.
+    dx = dq Wq + dk Wk + dv Wv, added up in one buffer; dW by the rows of q, k and v, each written in its place. SDPA
+    hands the three back as (B, N, H, d) in memory, transposed: (B·N, H·d) is a view of that.
     """
 
     @staticmethod
@@ -142,20 +142,27 @@ class _ProjectQKV(torch.autograd.Function):
         thirds = 3, len(weight) // 3
         grad_x = grad_weight = grad_bias = None
         with without_autocast(x):
-            grads = [grad.reshape(count_rows(x), thirds[1]) for grad in grads]
+            grads = [grad.flatten(2) for grad in grads]  # (B, N, H·d)
+            rows = [as_rows(grad) for grad in grads]
             if needs_x:
-                first, *others = zip(grads, weight.unflatten(0, thirds), strict=True)
+                first, *others = zip(rows, weight.unflatten(0, thirds), strict=True)
                 grad_x = torch.mm(*first)
                 for grad, part in others:
                     grad_x.addmm_(grad, part)
                 grad_x = grad_x.view(x.shape)
             if needs_weight:
                 grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-                for grad, part in zip(grads, grad_weight.unflatten(0, thirds), strict=True):
+                for grad, part in zip(rows, grad_weight.unflatten(0, thirds), strict=True):
                     torch.mm(grad.t(), as_rows(x), out=part)
             if needs_bias:
-                grad_bias = torch.cat([grad.sum(0) for grad in grads])
+                grad_bias = torch.stack([_sum_of_rows(grad) for grad in grads]).flatten().to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _sum_of_rows(grad: Tensor) -> Tensor:
+    """Σ over B and N of (B, N, D), in float32 at least. Over B first: torch adds up long columns slowly where they are
+    few, and these are N·D."""
+    return grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).sum(0)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:

@@ -34,11 +34,11 @@ def nearest(entries: Sequence[tuple[Sequence[int], Any]], sizes: Sequence[int]) 
 
     Near is a small Σ |log(size / measured size)|: twice as many rows are as far as half as many.
     """
-    nearest, least = None, math.inf
-    for measured_at, decided in entries:
+    found, least = None, math.inf
+    for measured_at, decided in entries:  # torch.compile (2.11) takes no min() by a key of sizes that may change
         if len(measured_at) == len(sizes) and (distance := _distance(measured_at, sizes)) < least:
-            nearest, least = decided, distance
-    return nearest
+            found, least = decided, distance
+    return found
 
 
 @torch.compiler.assume_constant_result

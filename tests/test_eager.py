@@ -85,8 +85,8 @@ def test_only_what_is_asked_for(names, products, device, in_place):
     with RecordCalls() as record:
         out, *found = gradients_of(inputs, names)
     whole = dict(zip(("out", *NAMES), gradients_of(inputs), strict=True))
-    assert torch.equal(out, whole["out"])
-    assert all(torch.equal(gradient, whole[name]) for name, gradient in zip(names, found, strict=True))
+    for name, result in zip(("out", *names), (out, *found), strict=True):
+        torch.testing.assert_close(result, whole[name])
     assert len(record.products) == 1 + products
 
 
@@ -123,7 +123,7 @@ def test_packing_is_noticed(device, monkeypatch):
     assert len(record.products) == 3 and max(record.copied) == 3 * 2 * 19 * 2 * 12
 
 
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"tokens": 0}, {"heads": 0}, {"head_dim": 0}, {"width": 0}])
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"tokens": 0}, {"heads": 0}, {"width": 0}])
 def test_empty(sizes, device, in_place):
     inputs = make_inputs(device, **({"width": 4} | sizes))
     if sizes == {"width": 0}:

@@ -32,6 +32,19 @@ def test_nothing_measured():
     assert nearest(ENTRIES, (0, 384, 1536)) == "eager"
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiler_follows_the_sizes(dynamic):
+    """The decision is part of the graph; sizes at which it is another one are traced anew."""
+
+    def decide(x, mask):
+        return x.sum() * 0 + (1 if nearest(ENTRIES, sizes_of({"x": x, "mask": mask})) == "triton" else 0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(decide, fullgraph=True, dynamic=dynamic, backend="eager")
+    mask = torch.ones(1536)
+    assert [compiled(torch.ones(rows, 2, 384), mask).item() for rows in (500, 20_000, 600)] == [0, 1, 0]
+
+
 def test_sizes_are_rows_columns_and_the_mask():
     x, mask = torch.empty(8, 197, 384), torch.empty(1536)
     assert sizes_of({"x": x, "mask": mask}) == (8 * 197, 384, 1536)
