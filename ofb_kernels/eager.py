@@ -4,6 +4,8 @@ Same arguments as in reference.py. These are the formulations a good engineer wr
 are what the Triton kernels have to beat.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -155,14 +157,20 @@ class _ProjectQKV(torch.autograd.Function):
                 for grad, part in zip(rows, grad_weight.unflatten(0, thirds), strict=True):
                     torch.mm(grad.t(), as_rows(x), out=part)
             if needs_bias:
-                grad_bias = torch.stack([_sum_of_rows(grad) for grad in grads]).flatten().to(weight.dtype)
+                grad_bias = _sums_of_rows(grads).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
-def _sum_of_rows(grad: Tensor) -> Tensor:
-    """Σ over B and N of (B, N, D), in float32 at least. Over B first: torch adds up long columns slowly where they are
-    few, and these are N·D."""
-    return grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).sum(0)
+def _sums_of_rows(grads: Sequence[Tensor]) -> Tensor:
+    """Σ over B and N of each (B, N, D), one after the other, in float32 at least.
+
+    Over B first: torch is slow to add up few long columns, and those are N·D short ones.
+    """
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    sums = grads[0].new_empty(len(grads), *grads[0].shape[1:], dtype=dtype)
+    for grad, part in zip(grads, sums, strict=True):
+        torch.sum(grad, 0, dtype=dtype, out=part)
+    return sums.sum(1).flatten()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
