@@ -134,6 +134,14 @@ def masked_attention(s: Sizes) -> tuple[list[Group], list[Group]]:
     return [Group("attention", 2 * scores, 4 * part)], [Group("attention backward", 5 * scores, 8 * part)]
 
 
+def masked_qkv_attention(s: Sizes) -> tuple[list[Group], list[Group]]:
+    """The projection and its attention; the mask and the folding of it are small beside them."""
+    forward, backward = masked_attention(s)
+    columns = 3 * s.attention_width
+    gradients = [product("dx", s.rows, columns, s.width), product("dW", s.width, s.rows, columns)]
+    return [product("qkv", s.rows, s.width, columns), *forward], [*backward, *gradients]
+
+
 def masked_layer_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
     values = s.rows * s.width
     forward = [Group("norm", 0, (FULL + HALF) * values)]
@@ -151,7 +159,8 @@ def local_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
 
 
 OPS = {op.__name__: op for op in (
-    masked_linear, masked_mlp, masked_attention, masked_layer_norm, masked_add_layer_norm, local_norm,
+    masked_linear, masked_mlp, masked_attention, masked_qkv_attention, masked_layer_norm, masked_add_layer_norm,
+    local_norm,
 )}  # fmt: skip
 
 

@@ -46,6 +46,8 @@ SDPA_BACKENDS = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+ON_SDPA = ("masked_attention", "masked_qkv_attention")
+SHARES_KERNELS_OF = {"masked_qkv_attention": "masked_attention"}
 PASSES = ("forward", "both")
 Form = Callable[[], object]
 
@@ -61,11 +63,6 @@ class Case:
     def run(self, backend: str) -> Tensor | tuple[Tensor, ...]:
         with mixed_precision(next(iter(self.inputs.values())).device.type):
             return getattr(ofb_kernels, self.op)(**self.inputs, **self.options, backend=backend)
-
-    def dispatched(self) -> dict[str, Tensor]:
-        """The tensors that the op's choice of backend looks at: the first and, if it has one, the mask."""
-        first = next(iter(self.inputs))
-        return {name: tensor for name, tensor in self.inputs.items() if name in (first, "mask")}
 
     def leaves(self) -> list[Tensor]:
         return [tensor for tensor in self.inputs.values() if tensor.requires_grad]
@@ -85,7 +82,7 @@ def main() -> None:
             if unasked or (case.op == "local_norm" and size != "full"):  # images are never pruned
                 continue
             about = {"benchmark": "op", "subject": f"{case.op} {model}", "batch_size": batch, "size": size}
-            about |= {"shape": "x".join(map(str, sizes_of(case.dispatched())))} | ceiling_columns(rates)
+            about |= {"shape": "x".join(map(str, sizes_of(case.inputs)))} | ceiling_columns(rates)
             for which in PASSES if case.leaves() else PASSES[:1]:
                 if time.monotonic() > until:
                     verdict(f"{case.op} {model} {size} {which}: left out, no time was left")
@@ -131,8 +128,8 @@ def cases(sizes: Sizes, device: str, low: torch.dtype | None = None) -> Iterator
     low = low or (torch.bfloat16 if device == "cuda" else torch.float32)
     batch, tokens, width, hidden = sizes.batch, sizes.tokens, sizes.width, sizes.hidden
 
-    def random(*shape: int, dtype: torch.dtype = low) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+    def random(*shape: int, dtype: torch.dtype = low, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
     def mask(*shape: int) -> Tensor:
         return torch.rand(shape, device=device).requires_grad_()
@@ -151,6 +148,9 @@ def cases(sizes: Sizes, device: str, low: torch.dtype | None = None) -> Iterator
     yield Case("masked_mlp", {"x": x, **fc1, "mask": mask(hidden), **fc2}, {})
     qkv = random(batch, tokens, 3, sizes.heads, sizes.head_dim)
     yield Case("masked_attention", {"qkv": qkv, "mask": mask(sizes.heads, sizes.head_dim)}, {})
+    columns = 3 * sizes.attention_width
+    projection = {"weight": random(columns, width, scale=width**-0.5), "bias": random(columns)}
+    yield Case("masked_qkv_attention", {"x": x, **projection, "mask": mask(sizes.heads, sizes.head_dim)}, {})
     stream = random(batch, tokens, width, dtype=torch.float32)
     vectors = {name: random(width, dtype=torch.float32) for name in ("weight", "bias")} | {"mask": mask(width)}
     yield Case("masked_layer_norm", {"x": stream, **vectors}, {})
@@ -194,7 +194,7 @@ def forms_of(
         with own_row("triton"):
             choices = configurations_of(triton, case, which)
             forms |= dict.fromkeys(choices, triton)
-    if case.op == "masked_attention" and device == "cuda":
+    if case.op in ON_SDPA and device == "cuda":
         forms |= {name: on_sdpa(case, sdpa) for name, sdpa in SDPA_BACKENDS.items()}
     forms["reference"] = reference
     if compiled:
@@ -206,10 +206,13 @@ def forms_of(
 def configurations_of(triton: Form, case: Case, which: str) -> dict[str, list[Choice]]:
     """The default configurations as those of "triton", and each other one of a kernel under a name of its own.
 
-    Of a forward with backward only those of the backward's kernels: the others have their turn in the forward.
+    Of a forward with backward only those of the backward's kernels: the others have their turn in the forward. An op
+    that shares its kernels has the default ones alone: the others have their turn in the op that it shares them with.
     """
     known = {choice.kernel for choice in defaults_and_others(triton)[0]} if which != "forward" else set()
     defaults, others = defaults_and_others(pass_of(triton, case, which))
+    if case.op in SHARES_KERNELS_OF:
+        return {"triton": defaults}
     return {"triton": defaults} | {f"triton, {each}": [each] for each in others if each.kernel not in known}
 
 
@@ -222,7 +225,7 @@ def pass_of(form: Form, case: Case, which: str) -> Form:
 
 
 def on_sdpa(case: Case, sdpa: SDPBackend) -> Form:
-    """The folded form of masked attention on one backend of scaled_dot_product_attention."""
+    """The folded form of an attention on one backend of scaled_dot_product_attention."""
 
     def run() -> Tensor:
         with sdpa_kernel(sdpa):

@@ -1,7 +1,6 @@
 """What of the stack is here, which backend each op takes and why, and whether it computes what it should."""
 
 import importlib.metadata
-import os
 import platform
 import re
 from collections.abc import Callable, Iterator
@@ -11,12 +10,12 @@ import torch
 import ofb_kernels
 from ofb.engine.config import TrainingConfig
 from ofb.engine.device import describe_precision, no_cuda_graph
-from ofb_kernels.dispatch import BACKEND_VARIABLE, choose_backend, triton_refusal
+from ofb_kernels.dispatch import explain_backend
 from ofb_kernels.testing import check_op
 
 PACKAGE = "ofb-kernels"
 EXTRAS = ("cli", "export", "transformers")  # what a user may leave out
-UNITS, WIDTH, TOKENS = 48, 32, 17  # of the sizes that are checked
+UNITS, WIDTH, TOKENS, WINDOW = 48, 32, 17, 5  # of the sizes that are checked
 
 
 def diagnose(device: torch.device) -> tuple[str, bool]:
@@ -27,25 +26,14 @@ def diagnose(device: torch.device) -> tuple[str, bool]:
     """
     lines = [f"python {platform.python_version()}   " + "   ".join(_versions("torch", "triton", "timm"))]
     lines += [f"device  {_described(device)}", f"steps   {_steps(device)}", *_extras()]
-    lines.append(f"ops     {_reason(device)}")
+    lines.append("ops     the backend that each takes by default, here for small inputs, and why")
     well = True
-    for op, backend, error in _checks(device):
+    for op, chosen, error in _checks(device):
         well = well and error is None
-        lines.append(f"        {op:20} {backend:9} " + ("agrees with float64" if error is None else error))
+        lines.append(f"        {op:21} {chosen}" + ("" if error is None else f"; {error}"))
+    lines += ["        each agrees with float64, forward and backward"] if well else []
     lines.append("all is well" if well else "something is wrong: see above")
     return "\n".join(lines), well
-
-
-def _reason(device: torch.device) -> str:
-    """Why the ops take the backend they do."""
-    if os.environ.get(BACKEND_VARIABLE):
-        return f"run on the backend that {BACKEND_VARIABLE} names"
-    refusal = triton_refusal({"the tensors": torch.empty(1, device=device)})
-    if refusal is not None:
-        return f"do not run on triton: {refusal}"
-    if device.type != "cuda":
-        return "run on triton where backend='triton' asks for it, interpreted"
-    return "run on triton, or on what was measured to be faster on this card (ofb_kernels/measured.json)"
 
 
 def _steps(device: torch.device) -> str:
@@ -87,14 +75,15 @@ def _extras() -> Iterator[str]:
 
 
 def _checks(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
-    """Each op with the backend that serves it here, forward and backward against float64: what was wrong, or None."""
+    """Each op, which backend serves it here and why, and what was wrong with it forward or backward, or None."""
     for op, inputs, options, reduction in _examples(device):
-        backend = choose_backend(op.__name__, None, inputs)
+        backend, reason = explain_backend(op.__name__, inputs)
+        chosen = f"{backend}: {reason}"
         try:
             check_op(op, inputs, options, backend, reduction)
-            yield op.__name__, backend, None
+            yield op.__name__, chosen, None
         except Exception as error:  # whatever it is, it is what the user wants to know
-            yield op.__name__, backend, f"failed: {str(error).splitlines()[0]}"
+            yield op.__name__, chosen, f"failed: {str(error).splitlines()[0]}"
 
 
 def _examples(device: torch.device) -> Iterator[tuple[Callable, dict, dict, int]]:
@@ -108,6 +97,8 @@ def _examples(device: torch.device) -> Iterator[tuple[Callable, dict, dict, int]
         return torch.rand(*shape, generator=generator).to(device)
 
     x, hidden, rows = random(2, TOKENS, WIDTH), UNITS, 2 * TOKENS
+    score = {"score": random(2, 16), "alpha": random(2, 3)}
+    yield ofb_kernels.bimask, score, {"counts": ([1, 2], [4, 8, 16]), "lam": 0.5}, score["score"].numel()
     fc1 = {"weight": random(hidden, WIDTH), "bias": random(hidden), "mask": mask(hidden)}
     yield ofb_kernels.masked_linear, {"x": x, **fc1}, {"activation": "gelu"}, rows
     mlp = {"fc1_weight": fc1["weight"], "fc1_bias": fc1["bias"], "mask": fc1["mask"]}
@@ -115,5 +106,10 @@ def _examples(device: torch.device) -> Iterator[tuple[Callable, dict, dict, int]
     yield ofb_kernels.masked_mlp, {"x": x, **mlp}, {}, hidden
     attention = {"qkv": random(2, TOKENS, 3, 2, 16), "mask": mask(2, 16)}
     yield ofb_kernels.masked_attention, attention, {}, 3 * rows
+    projection = {"weight": random(3 * 2 * 16, WIDTH) / WIDTH**0.5, "bias": random(3 * 2 * 16), "mask": mask(2, 16)}
+    yield ofb_kernels.masked_qkv_attention, {"x": x, **projection}, {}, 3 * rows
     norm = {"weight": random(WIDTH), "bias": random(WIDTH), "mask": mask(WIDTH)}
     yield ofb_kernels.masked_layer_norm, {"x": x, **norm}, {}, rows
+    branch = {"branch": random(2, TOKENS, WIDTH), "branch_mask": mask(WIDTH)}
+    yield ofb_kernels.masked_add_layer_norm, {"x": x, **branch, **norm}, {}, rows
+    yield ofb_kernels.local_norm, {"images": random(2, 3, 16, 16)}, {"window": WINDOW}, WINDOW**2

@@ -3,7 +3,8 @@
 Order of decision: the call's own `backend=`, the innermost `use_backend(...)`, the environment's
 `OFB_KERNELS_BACKEND`, and without any of them, on a CUDA device, the faster of triton and eager by measurement
 (`measured`), triton where nothing was measured and it supports the call; else eager.
-A backend asked for by name either serves the call or raises; it is never replaced silently.
+A backend asked for by name either serves the call or raises; it is never replaced silently. `explain_backend` says
+which backend serves a call and why.
 """
 
 import os
@@ -57,6 +58,13 @@ def choose_backend(op: str, backend: str | None, inputs: dict[str, Tensor], limi
     Raises:
         ValueError: the name is unknown, or the backend asked for cannot serve the call.
     """
+    return explain_backend(op, inputs, backend, limits)[0]
+
+
+def explain_backend(
+    op: str, inputs: dict[str, Tensor], backend: str | None = None, limits: str | None = None
+) -> tuple[str, str]:
+    """The backend that `choose_backend` names for these arguments, and in a few words why."""
     requested, source = _request(backend)
     if requested is None:
         return _automatic(op, inputs, limits)
@@ -68,7 +76,7 @@ def choose_backend(op: str, backend: str | None, inputs: dict[str, Tensor], limi
                 f"{op}: {source}='triton' cannot serve this call: {refusal}. "
                 "Use backend='eager', or leave the choice to the package."
             )
-    return requested
+    return requested, f"asked for by {source}"
 
 
 def triton_refusal(inputs: dict[str, Tensor], limits: str | None = None) -> str | None:
@@ -95,14 +103,21 @@ def has_triton() -> bool:
     return True
 
 
-def _automatic(op: str, inputs: dict[str, Tensor], limits: str | None) -> str:
+def _automatic(op: str, inputs: dict[str, Tensor], limits: str | None) -> tuple[str, str]:
     first = next(iter(inputs.values()))
-    if not first.is_cuda or triton_refusal(inputs, limits) is not None:
-        return "eager"
+    if not first.is_cuda:
+        return "eager", "no CUDA device"
+    refusal = triton_refusal(inputs, limits)
+    if refusal is not None:
+        return "eager", f"triton cannot serve it: {refusal}"
     if not TABLE:
-        return "triton"
-    backends = TABLE.get(capability_of(first.device.index), {}).get("backends", {})
-    return nearest(backends.get(op, ()), sizes_of(inputs)) or "triton"
+        return "triton", "nothing was measured"
+    capability = capability_of(first.device.index)
+    backends = TABLE.get(capability, {}).get("backends", {})
+    fastest = nearest(backends.get(op, ()), sizes_of(inputs))
+    if fastest is None:
+        return "triton", f"not measured on capability {capability}"
+    return fastest, "measured faster at the nearest sizes"
 
 
 def _request(backend: str | None) -> tuple[str | None, str]:

@@ -5,6 +5,8 @@ Same arguments as in reference.py. These are the formulations a good engineer wr
 are what the Triton kernels have to beat.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,13 +36,11 @@ def bimask(
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str | None
 ) -> Tensor:
-    if mask is None:
-        return ACTIVATIONS[activation](F.linear(x, weight, bias))
-    if few_rows(x):
+    if mask is not None and few_rows(x):
         return reference.masked_linear(x, weight, bias, mask, activation)
-    folded_weight = (weight * mask[:, None]).to(weight.dtype)
-    folded_bias = None if bias is None else (bias * mask).to(bias.dtype)
-    return ACTIVATIONS[activation](F.linear(x, folded_weight, folded_bias))
+    if mask is not None:
+        weight, bias = _folded(weight, bias, mask)
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def masked_mlp(
@@ -65,9 +65,19 @@ def masked_attention(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | Non
 def masked_qkv_attention(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, scale: float, attention_bias: Tensor | None
 ) -> Tensor:
-    """The mask goes into the projection's weights: nothing is left of it in the attention."""
-    qkv = masked_linear(x, weight, bias, mask.flatten().repeat(3), None)
-    return _attention(*qkv.unflatten(-1, (3, *mask.shape)).unbind(2), scale, attention_bias).flatten(2)
+    """The mask goes into the projection's weights: nothing is left of it in the attention.
+
+    Which of SDPA's backends serves is torch's choice. On compute capability 9.0 and 10.0 it prefers cuDNN where that is
+    newer than 9.15, as in the wheels of torch 2.11. It is not forced elsewhere: an older cuDNN errs where the number of
+    tokens is no multiple of 128 (pytorch/pytorch#169849).
+    """
+    shape, mask = mask.shape, mask.flatten().repeat(3)
+    if few_rows(x):
+        qkv = reference.masked_linear(x, weight, bias, mask, None).unflatten(-1, (3, *shape)).unbind(2)
+    else:
+        project = _project_qkv if _packs_gradients(x) else _ProjectQKV.apply
+        qkv = project(x, *_folded(weight, bias, mask), shape)
+    return _attention(*qkv, scale, attention_bias).flatten(2)
 
 
 def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float) -> Tensor:
@@ -99,6 +109,79 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     variance = torch.matmul(rows @ squares, columns.t(), out=squares).addcmul_(mean, mean, value=-1)
     variance = variance.mul_(pixels / (pixels - 1).clamp(min=1)).clamp_(min=0)
     return torch.sub(images, mean, out=mean).mul_(variance.add_(eps).rsqrt_())
+
+
+def _folded(weight: Tensor, bias: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's parameters, in their dtypes, with the mask of its output units multiplied in."""
+    return (weight * mask[:, None]).to(weight.dtype), None if bias is None else (bias * mask).to(bias.dtype)
+
+
+def _project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    """q, k and v, (B, N, H, d) each, all in the memory of one product; `shape` is (H, d)."""
+    return F.linear(x, weight, bias).unflatten(-1, (3, *shape)).unbind(2)
+
+
+def _packs_gradients(x: Tensor) -> bool:
+    """Whether dq, dk and dv are copied into one tensor, for one product each instead of three.
+
+    On a CPU both take as long. A compiler makes a copy of each sum of products, which costs more than packing.
+    """
+    return not x.is_cuda or torch.compiler.is_compiling()
+
+
+class _ProjectQKV(torch.autograd.Function):
+    """`_project_qkv` with a backward that takes dq, dk and dv where they lie.
+
+    dx = dq Wq + dk Wk + dv Wv, added up in one buffer; dW by the rows of q, k and v, each written in its place. SDPA
+    hands the three back as (B, N, H, d) in memory, transposed: (B·N, H·d) is a view of that.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+        return _project_qkv(x, weight, bias, shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        if grads[0] is None:  # attention has gradients of all three, or of none
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        thirds = 3, len(weight) // 3
+        grad_x = grad_weight = grad_bias = None
+        with without_autocast(x):
+            grads = [grad.flatten(2) for grad in grads]  # (B, N, H·d)
+            rows = [as_rows(grad) for grad in grads]
+            if needs_x:
+                first, *others = zip(rows, weight.unflatten(0, thirds), strict=True)
+                grad_x = torch.mm(*first)
+                for grad, part in others:
+                    grad_x.addmm_(grad, part)
+                grad_x = grad_x.view(x.shape)
+            if needs_weight:
+                grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                for grad, part in zip(rows, grad_weight.unflatten(0, thirds), strict=True):
+                    torch.mm(grad.t(), as_rows(x), out=part)
+            if needs_bias:
+                grad_bias = _sums_of_rows(grads).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _sums_of_rows(grads: Sequence[Tensor]) -> Tensor:
+    """Σ over B and N of each (B, N, D), one after the other, in float32 at least.
+
+    Over B first: torch is slow to add up few long columns, and those are N·D short ones.
+    """
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    sums = grads[0].new_empty(len(grads), *grads[0].shape[1:], dtype=dtype)
+    for grad, part in zip(grads, sums, strict=True):
+        torch.sum(grad, 0, dtype=dtype, out=part)
+    return sums.sum(1).flatten()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:

@@ -19,9 +19,14 @@ TABLE: Mapping[str, Mapping[str, Mapping[str, Sequence]]] = json.loads(PATH.read
 
 
 def sizes_of(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """What a decision depends on: rows and columns of the first input, and the mask's shape, which comes last."""
-    first, *others = inputs.values()
-    return first.shape[:-1].numel(), first.shape[-1], *(others[-1].shape if others else ())
+    """What a decision depends on: rows and columns of the first input, the mask's shape, and that of attention's bias.
+
+    Other inputs may be there or not. What was measured without a bias says nothing of a call with one.
+    """
+    first = next(iter(inputs.values()))
+    mask = inputs["mask"].shape if "mask" in inputs else ()
+    biases = [tensor.shape for name, tensor in inputs.items() if name.endswith("bias") and tensor.dim() > 2]
+    return first.shape[:-1].numel(), first.shape[-1], *mask, *(size for shape in biases for size in shape)
 
 
 def nearest(entries: Sequence[tuple[Sequence[int], Any]], sizes: Sequence[int]) -> Any | None:
@@ -29,10 +34,11 @@ def nearest(entries: Sequence[tuple[Sequence[int], Any]], sizes: Sequence[int]) 
 
     Near is a small Σ |log(size / measured size)|: twice as many rows are as far as half as many.
     """
-    measured = [entry for entry in entries if len(entry[0]) == len(sizes)]
-    if not measured:
-        return None
-    return min(measured, key=lambda entry: _distance(entry[0], sizes))[1]
+    found, least = None, math.inf
+    for measured_at, decided in entries:  # torch.compile (2.11) takes no min() by a key of sizes that may change
+        if len(measured_at) == len(sizes) and (distance := _distance(measured_at, sizes)) < least:
+            found, least = decided, distance
+    return found
 
 
 @torch.compiler.assume_constant_result

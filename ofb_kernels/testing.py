@@ -53,7 +53,7 @@ def assert_accurate(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype
 
 
 def check_op(
-    op: Callable[..., Tensor],
+    op: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: dict[str, Tensor],
     options: dict,
     backend: str,
@@ -63,7 +63,8 @@ def check_op(
     """Check an op's result and all its gradients on one backend against the float64 reference.
 
     Args:
-        op: a public op of this package.
+        op: a public op of this package. Several results count as one, joined along their last dimension; of an op
+            without gradients the result alone is checked.
         inputs: its tensor arguments in the dtype, strides and on the device under test; floating-point ones are
             differentiated. The float64 run takes the same rounded values, so input rounding is no error.
         options: its other arguments.
@@ -80,12 +81,14 @@ def check_op(
     dtype = next(tensor.dtype for tensor in inputs.values() if tensor.is_floating_point())
     if cotangent is None:
         with torch.no_grad():
-            shape = op(**inputs, **options, backend="reference").shape
+            shape = _joined(op(**inputs, **options, backend="reference")).shape
         cotangent = torch.randn(shape, device=next(iter(inputs.values())).device).to(dtype)
 
     def run(run_backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
-        result = op(**leaves, **options, backend=run_backend)
+        result = _joined(op(**leaves, **options, backend=run_backend))
+        if not result.requires_grad:
+            return {"result": result}
         differentiable = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         gradients = torch.autograd.grad(result, list(differentiable.values()), cotangent.to(result.dtype))
         return {"result": result.detach()} | {f"grad_{n}": g for n, g in zip(differentiable, gradients, strict=True)}
@@ -99,6 +102,10 @@ def check_op(
         bound = error_bound(exact[name], same_dtype[name], [results[name] for results in perturbed], reduction)
         shares.append(assert_accurate(f"{backend} {name}", actual[name], exact[name], same_dtype[name].dtype, bound))
     return max(shares)
+
+
+def _joined(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(result, -1) if isinstance(result, tuple) else result
 
 
 def _perturb(inputs: dict[str, Tensor], eps: float) -> dict[str, Tensor]:

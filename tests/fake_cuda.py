@@ -5,11 +5,29 @@ before the generator's state stops capturing and before the memory pool is close
 """
 
 import copy
+import sys
 
 import pytest
 import torch
 
+from ofb_kernels import dispatch, eager
+
 DEVICE = torch.device("cuda", 0)
+
+
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    """Until the test ends, every tensor says that it is on a GPU of this compute capability to whoever chooses a form.
+
+    That is the choice of a backend, and of a plain form. To interpreted kernels it says where it is.
+    """
+    fooled = {dispatch.__name__, eager.__name__}
+    really = torch.Tensor.is_cuda
+
+    def is_cuda(tensor: torch.Tensor) -> bool:
+        return sys._getframe(1).f_globals["__name__"] in fooled or really.__get__(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(is_cuda))
+    monkeypatch.setattr(dispatch, "capability_of", lambda index: capability)
 
 
 class Stream:

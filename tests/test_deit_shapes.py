@@ -8,7 +8,7 @@ from benchmarks.card.smoke import case_of, check
 from benchmarks.floors import SIZES, Sizes
 
 DEIT_SMALL = Sizes(1, **SIZES["deit_small"])
-OPS = sorted(set(ofb_kernels.__all__) - {"use_backend", "masked_qkv_attention"})
+OPS = sorted(set(ofb_kernels.__all__) - {"use_backend"})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 
 import ofb_kernels
 from ofb_kernels import dispatch, use_backend
-from ofb_kernels.dispatch import choose_backend, triton_refusal
+from ofb_kernels.dispatch import choose_backend, explain_backend, triton_refusal
+from tests.fake_cuda import pretend_cuda
 
 VARIABLE = "OFB_KERNELS_BACKEND"
 
@@ -89,6 +90,40 @@ def test_refusal_names_the_first_tensor_that_does_not_fit(monkeypatch):
     inputs = {"x": torch.ones(2), "mask": torch.ones(2, dtype=torch.bfloat16)}
     assert "expected mask as one of float32, float16, float64, got bfloat16" in triton_refusal(inputs)
     assert triton_refusal({"x": torch.ones(2)}) is None
+
+
+def test_why(monkeypatch):
+    """The reason is that of the choice itself, in each of its cases."""
+    x, mask = torch.ones(4, 8), torch.ones(8)
+
+    def why(op="some_op", backend=None, inputs=None, limits=None):
+        inputs = inputs or {"x": x, "mask": mask}
+        chosen, reason = explain_backend(op, inputs, backend, limits)
+        assert chosen == choose_backend(op, backend, inputs, limits)
+        return f"{chosen}: {reason}"
+
+    if not torch.cuda.is_available():
+        assert why() == "eager: no CUDA device"
+    assert why(backend="reference") == "reference: asked for by backend"
+    with use_backend("eager"):
+        assert why() == "eager: asked for by use_backend"
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert why() == f"reference: asked for by {VARIABLE}"
+    monkeypatch.delenv(VARIABLE)
+
+    pretend_cuda(monkeypatch, "9.0")
+    monkeypatch.setattr(dispatch, "TABLE", {})
+    assert why() == "triton: nothing was measured"
+    entries = [[[4, 8, 8], "eager"], [[400, 8, 8], "triton"]]
+    monkeypatch.setattr(dispatch, "TABLE", {"9.0": {"backends": {"some_op": entries}}})
+    assert why() == "eager: measured faster at the nearest sizes"
+    assert why(inputs={"x": torch.ones(300, 8), "mask": mask}) == "triton: measured faster at the nearest sizes"
+    assert why("another_op") == "triton: not measured on capability 9.0"
+    pretend_cuda(monkeypatch, "8.0")
+    assert why() == "triton: not measured on capability 8.0"
+    assert why(limits="expected less") == "eager: triton cannot serve it: expected less"
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert why() == "eager: triton cannot serve it: expected the package triton to be installed, got no such package"
 
 
 def test_public_names_are_there():

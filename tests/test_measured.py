@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ofb_kernels
 from benchmarks.decide import configurations, decisions, propose
+from benchmarks.floors import TINY, Sizes
 from benchmarks.measure import COLUMNS, write_csv
-from benchmarks.ops import cases
-from ofb_kernels import dispatch
+from benchmarks.ops import cases, forms_of
+from ofb_kernels import dispatch, eager
 from ofb_kernels.measured import PATH, nearest, sizes_of
+from tests.fake_cuda import pretend_cuda
 
 ENTRIES = [[[1000, 384, 1536], "eager"], [[50_000, 384, 1536], "triton"]]
 
@@ -29,6 +32,19 @@ def test_nothing_measured():
     assert nearest(ENTRIES, (0, 384, 1536)) == "eager"
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiler_follows_the_sizes(dynamic):
+    """The decision is part of the graph; sizes at which it is another one are traced anew."""
+
+    def decide(x, mask):
+        return x.sum() * 0 + (1 if nearest(ENTRIES, sizes_of({"x": x, "mask": mask})) == "triton" else 0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(decide, fullgraph=True, dynamic=dynamic, backend="eager")
+    mask = torch.ones(1536)
+    assert [compiled(torch.ones(rows, 2, 384), mask).item() for rows in (500, 20_000, 600)] == [0, 1, 0]
+
+
 def test_sizes_are_rows_columns_and_the_mask():
     x, mask = torch.empty(8, 197, 384), torch.empty(1536)
     assert sizes_of({"x": x, "mask": mask}) == (8 * 197, 384, 1536)
@@ -36,10 +52,18 @@ def test_sizes_are_rows_columns_and_the_mask():
     assert sizes_of({"images": torch.empty(2, 3, 8, 9)}) == (2 * 3 * 8, 9)
 
 
+def test_only_a_bias_of_attention_counts_beside_them():
+    """A decision that was measured without such a bias is none for a call with it; layers have biases of their own."""
+    inputs = {"x": torch.empty(8, 49, 96), "mask": torch.empty(3, 32)}
+    layer = inputs | {"weight": torch.empty(288, 96), "bias": torch.empty(288)}
+    biased = layer | {"attention_bias": torch.empty(4, 3, 49, 49)}
+    assert sizes_of(inputs) == sizes_of(layer) == (8 * 49, 96, 3, 32)
+    assert sizes_of(biased) == (8 * 49, 96, 3, 32, 4, 3, 49, 49)
+    assert nearest([[sizes_of(inputs), "eager"]], sizes_of(biased)) is None
+
+
 def test_the_benchmark_and_the_ops_see_the_same_sizes(monkeypatch):
     """A decision is looked up by what the op hands to dispatch, and written by what the benchmark takes of the case."""
-    from benchmarks.floors import Sizes
-
     seen = {}
 
     def spy(op, backend, inputs, limits=None):
@@ -47,9 +71,10 @@ def test_the_benchmark_and_the_ops_see_the_same_sizes(monkeypatch):
         return "eager"
 
     for case in cases(Sizes(2, width=16, heads=2, head_dim=16, hidden=32, depth=2, tokens=5), "cpu"):
-        monkeypatch.setattr(sys.modules[f"ofb_kernels.ops.{case.op}"], "choose_backend", spy)
+        module = getattr(ofb_kernels, case.op).__module__
+        monkeypatch.setattr(sys.modules[module], "choose_backend", spy)
         case.run("eager")
-        assert seen[case.op] == sizes_of(case.dispatched()), case.op
+        assert seen[case.op] == sizes_of(case.inputs), case.op
 
 
 def test_shipped_table_is_valid():
@@ -71,6 +96,29 @@ def test_dispatch_follows_the_table(monkeypatch):
     assert dispatch.choose_backend("masked_mlp", None, {"x": few, "mask": mask}) == "eager"
     assert dispatch.choose_backend("masked_mlp", None, {"x": many, "mask": mask}) == "triton"
     assert dispatch.choose_backend("masked_linear", None, {"x": few, "mask": mask}) == "triton"
+
+
+def test_attention_with_its_projection_goes_where_it_was_measured_faster(monkeypatch):
+    """The Triton backend is asked for by name, or taken where nothing was measured, as with a bias on the scores."""
+    entries = [[[2 * 5, 8, 2, 4], "eager"], [[2 * 500, 8, 2, 4], "triton"]]
+    monkeypatch.setattr(dispatch, "TABLE", {"9.0": {"backends": {"masked_qkv_attention": entries}}})
+    pretend_cuda(monkeypatch, "9.0")
+    ran = []
+    implementation = eager.masked_qkv_attention
+    monkeypatch.setattr(eager, "masked_qkv_attention", lambda *args: ran.append("eager") or implementation(*args))
+    weight, mask = torch.randn(24, 8), torch.rand(2, 4)
+    for tokens, options, expected in (
+        (5, {}, ["eager"]),
+        (500, {}, []),
+        (5, {"backend": "triton"}, []),
+        (5, {"attention_bias": torch.randn(2, 5, 5)}, []),
+    ):
+        x = torch.randn(2, tokens, 8)
+        out = ofb_kernels.masked_qkv_attention(x, weight, None, mask, **options)
+        assert ran == expected
+        exact = ofb_kernels.masked_qkv_attention(x, weight, None, mask, **(options | {"backend": "reference"}))
+        torch.testing.assert_close(out, exact)
+        ran.clear()
 
 
 class _OnGpu(SimpleNamespace):
@@ -100,6 +148,19 @@ def test_decisions():
 
 
 SMALL, LARGE = {"BLOCK_M": 64, "num_warps": 4}, {"BLOCK_M": 128, "num_warps": 8}
+
+
+def test_an_attention_with_its_projection_is_decided_by_itself():
+    """The rows that benchmarks.ops writes of it: its sizes, and the default configurations of kernels it shares."""
+    case = next(case for case in cases(Sizes(2, **TINY), "cpu") if case.op == "masked_qkv_attention")
+    forms, choices = forms_of(case, "both", "cpu", compiled=False)
+    assert list(forms) == ["folded", "triton", "reference"] and choices.keys() == {"triton"}
+    shape = "x".join(map(str, sizes_of(case.inputs)))
+    times = {"folded": 1.0, "triton": 2.0, "sdpa flash": 0.5, "reference": 9.0}
+    rows = [row(case.op, name, ms) | {"shape": shape} for name, ms in times.items()]
+    rows += [row(case.op, name, ms, which="forward") | {"shape": shape} for name, ms in times.items()]
+    assert decisions(rows) == {"masked_qkv_attention": [[[20, 64, 4, 16], "eager"]]}
+    assert configurations(rows) == {}
 
 
 def test_configurations():

@@ -18,7 +18,7 @@ import ofb_kernels
 from benchmarks.configurations import defaults_and_others, with_defaults
 from benchmarks.floors import MODELS, Sizes
 from benchmarks.measure import synchronize
-from benchmarks.ops import Case, cases, pass_of
+from benchmarks.ops import SHARES_KERNELS_OF, Case, cases, pass_of
 from benchmarks.process import add_process_options, own_row, take_turn, verdict
 from ofb_kernels.testing import check_op, error_bound
 
@@ -116,9 +116,9 @@ def check_result(joined, inputs: dict[str, Tensor], options: dict, backend: str)
 
 
 def launch_others(case: Case, size: str, without: Collection[str]) -> None:
-    """Every shipped configuration of the op's kernels once, forward and backward."""
+    """Every shipped configuration of the op's own kernels once, forward and backward."""
     name = f"{case.op} {size}"
-    if name in without:
+    if name in without or case.op in SHARES_KERNELS_OF:
         return
     with own_row(name):
         triton = pass_of(lambda: case.run("triton"), case, "both" if case.leaves() else "forward")
