@@ -7,7 +7,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ofb.supernet.families.layers import add_norm, drop_path_scales, linear, patch_embeddings, project_patches
+from ofb.supernet.families.layers import (
+    add_norm,
+    adds_bias,
+    drop_path_scales,
+    linear,
+    linear_without_bias,
+    patch_embeddings,
+    project_patches,
+)
 from ofb_kernels import use_backend
 from tests.common import tiny_swin, tiny_vit
 
@@ -130,3 +138,26 @@ def test_add_norm_drops_the_branches_of_samples():
         stream, normalized = add_norm(x, (branch, None), nn.Identity(), scale, mask, norm, None)
         torch.testing.assert_close(stream, expected)
         torch.testing.assert_close(normalized, norm(expected))
+
+
+def test_the_bias_of_a_branch_is_added_where_its_gradient_costs_nothing(device):
+    x = torch.randn(2, 3, 8, device=device)
+    for backend, fused in (("triton", True), ("eager", False)):
+        with use_backend(backend):
+            assert adds_bias(nn.LayerNorm(8), x) == fused
+            assert not adds_bias(RmsNorm(8), x)
+
+
+def test_a_layer_is_taken_apart_only_where_its_forward_is_known(device):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, layer, doubled = torch.randn(2, 3, 8, device=device), nn.Linear(8, 8).to(device), Doubled(8, 8).to(device)
+    product, bias = linear_without_bias(layer, x, True)
+    assert bias is layer.bias
+    torch.testing.assert_close(product + bias, layer(x))
+    for each, without in ((layer, False), (doubled, True)):
+        whole, bias = linear_without_bias(each, x, without)
+        assert bias is None
+        torch.testing.assert_close(whole, each(x))
