@@ -59,6 +59,11 @@ class Sizes:
         return PATCH * math.isqrt(self.tokens - 1)
 
     @property
+    def drawn(self) -> int:
+        """Patches of an image that masked image modelling hides at most, a quarter."""
+        return math.ceil((self.tokens - 1) / 4)
+
+    @property
     def attention_width(self) -> int:
         return self.heads * self.head_dim
 
@@ -147,8 +152,16 @@ def local_norm(s: Sizes) -> tuple[list[Group], list[Group]]:
     return [Group("reconstruction target", 0, 2 * FULL * s.batch * 3 * s.side**2)], []
 
 
+def masked_reconstruction_loss(s: Sizes) -> tuple[list[Group], list[Group]]:
+    """Of a quarter of the patches; a byte keeps the sign of each error for the backward."""
+    images, errors = FULL * s.batch * 3 * s.side**2, s.batch * s.drawn * 3 * PATCH**2
+    forward = [Group("reconstruction loss", 0, images + (HALF + 1) * errors)]
+    return forward, [Group("reconstruction loss backward", 0, (HALF + 1) * errors)]
+
+
 OPS = {op.__name__: op for op in (
     masked_linear, masked_mlp, masked_attention, masked_layer_norm, masked_add_layer_norm, local_norm,
+    masked_reconstruction_loss,
 )}  # fmt: skip
 
 
@@ -163,7 +176,7 @@ def parameters(s: Sizes) -> int:
 
 def step(s: Sizes) -> list[Group]:
     """Forward, losses, backward and AdamW of a search step."""
-    patches = s.batch * (s.tokens - 1)
+    patches, loss = s.batch * (s.tokens - 1), masked_reconstruction_loss(s)
     projections = [
         product("qkv", s.rows, s.width, 3 * s.attention_width),
         product("proj", s.rows, s.attention_width, s.width),
@@ -177,8 +190,7 @@ def step(s: Sizes) -> list[Group]:
     return [
         embedding, embedding,
         *(s.depth * block),
-        *(3 * [product("decoder", patches // 4, s.width, 3 * PATCH**2)]),  # of the masked patches, at most a quarter
-        *local_norm(s)[0],
+        *(3 * [product("decoder", s.batch * s.drawn, s.width, 3 * PATCH**2)]), *loss[0], *loss[1],
         Group("AdamW", 0, 7 * FULL * parameters(s)),  # reads p, g, m, v, writes p, m, v
     ]  # fmt: skip
 
