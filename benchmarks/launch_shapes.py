@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compile_only import Recorder, every_configuration
-from benchmarks.floors import SIZES, TINY, Sizes
+from benchmarks.floors import PATCH, SIZES, TINY, Sizes
 from ofb_kernels.kernels import (
     bimask,
     fold,
@@ -21,6 +21,7 @@ from ofb_kernels.kernels import (
     masked_layer_norm,
     masked_linear,
     masked_mlp,
+    masked_reconstruction_loss,
 )
 from ofb_kernels.ops.masked_linear import ACTIVATIONS
 
@@ -319,6 +320,42 @@ def launch_local_norm(precision: Precision) -> Iterator[str]:
     local_norm.forward(unaligned(2, 3, 224, 224, dtype=dtype), 47, 1e-6)
 
 
+def launch_masked_reconstruction_loss(precision: Precision) -> Iterator[str]:
+    dtype = precision.dtype
+    if precision.tf32:
+        return  # no product
+    yield "timed"
+    for sizes in TIMED[:1]:
+        _reconstruction_loss(meta(sizes.batch, 3, sizes.side, sizes.side), sizes.drawn, (PATCH, PATCH), dtype)
+    if precision.main_sizes_only:
+        return
+    yield "options"
+    images = meta(2, 3, 224, 224)
+    _reconstruction_loss(images, 49, (16, 16), dtype, keep=False)
+    _reconstruction_loss(images.to(dtype), 49, (16, 16), dtype)
+    yield "areas"
+    for pixels, drawn in (((32, 32), 13), ((14, 14), 64), ((8, 8), 196), ((4, 4), 784), ((2, 2), 3136)):
+        _reconstruction_loss(images, drawn, pixels, dtype)
+    yield "odd"
+    for shape, pixels, window in (((2, 3, 381, 381), (14, 14), 47), ((2, 1, 9, 11), (2, 3), 5), ((1,) * 4, (1, 1), 1)):
+        _reconstruction_loss(meta(*shape), 1, pixels, dtype, window)
+    yield "wide"
+    _reconstruction_loss(meta(2, 3, 384, 384), 144, (16, 16), dtype, window=129)
+    yield "unaligned"
+    _reconstruction_loss(unaligned(2, 3, 224, 224), 49, (16, 16), dtype)
+
+
+def _reconstruction_loss(
+    images: Tensor, drawn: int, pixels: tuple[int, int], dtype: torch.dtype, window: int = 47, keep: bool = True
+) -> None:
+    batch, channels = images.shape[:2]
+    decoded = meta(batch, drawn, channels * prod(pixels), dtype=dtype)
+    areas, masked = meta(batch, drawn, dtype=torch.int64), meta(drawn, dtype=torch.bool)
+    loss, sign, share = masked_reconstruction_loss.forward(decoded, images, areas, masked, pixels, window, 1e-6, keep)
+    if keep:
+        masked_reconstruction_loss.backward(loss, sign, share, dtype)
+
+
 LAUNCHES: dict[str, Callable[[Precision], Iterator[str]]] = {
     "masked_attention": launch_masked_attention,
     "masked_linear": launch_masked_linear,
@@ -326,6 +363,7 @@ LAUNCHES: dict[str, Callable[[Precision], Iterator[str]]] = {
     "masked_mlp": launch_masked_mlp,
     "bimask": launch_bimask,
     "local_norm": launch_local_norm,
+    "masked_reconstruction_loss": launch_masked_reconstruction_loss,
 }
 
 

@@ -24,6 +24,7 @@ MODULES = (
     "masked_layer_norm",
     "masked_add_layer_norm",
     "local_norm",
+    "masked_reconstruction_loss",
     "dispatch",
     "nn",
     "tuning",

@@ -49,6 +49,7 @@ SDPA_BACKENDS = {
 ON_SDPA = ("masked_attention", "masked_qkv_attention")
 SHARES_KERNELS_OF = {"masked_qkv_attention": "masked_attention"}
 PASSES = ("forward", "both")
+OF_IMAGES = ("local_norm", "masked_reconstruction_loss")  # ops on pixels, which are never pruned
 Form = Callable[[], object]
 
 
@@ -79,7 +80,7 @@ def main() -> None:
         sizes = Sizes(batch, **MODELS[model]).named(size)
         for case in cases(sizes, device):
             unasked = arguments.op and case.op not in arguments.op
-            if unasked or (case.op == "local_norm" and size != "full"):  # images are never pruned
+            if unasked or (case.op in OF_IMAGES and size != "full"):
                 continue
             about = {"benchmark": "op", "subject": f"{case.op} {model}", "batch_size": batch, "size": size}
             about |= {"shape": "x".join(map(str, sizes_of(case.inputs)))} | ceiling_columns(rates)
@@ -156,7 +157,12 @@ def cases(sizes: Sizes, device: str, low: torch.dtype | None = None) -> Iterator
     yield Case("masked_layer_norm", {"x": stream, **vectors}, {})
     branch = {"branch": random(batch, tokens, width), "branch_mask": mask(width)}
     yield Case("masked_add_layer_norm", {"x": stream, **branch, **vectors}, {})
-    yield Case("local_norm", {"images": torch.randn(batch, 3, sizes.side, sizes.side, device=device)}, {})
+    images = torch.randn(batch, 3, sizes.side, sizes.side, device=device)
+    yield Case("local_norm", {"images": images}, {})
+    areas = torch.rand(batch, tokens - 1, device=device).argsort(1)[:, : sizes.drawn]
+    masked = torch.ones(sizes.drawn, dtype=torch.bool, device=device)
+    options = {"images": images, "areas": areas, "masked": masked, "pixels": (floors.PATCH, floors.PATCH)}
+    yield Case("masked_reconstruction_loss", {"decoded": random(batch, sizes.drawn, 3 * floors.PATCH**2)}, options)
 
 
 def measure_pass(

@@ -8,6 +8,7 @@ from ofb_kernels.ops.masked_attention import masked_attention, masked_qkv_attent
 from ofb_kernels.ops.masked_layer_norm import masked_layer_norm
 from ofb_kernels.ops.masked_linear import masked_linear
 from ofb_kernels.ops.masked_mlp import masked_mlp
+from ofb_kernels.ops.masked_reconstruction_loss import masked_reconstruction_loss
 
 __all__ = [
     "bimask",
@@ -18,5 +19,6 @@ __all__ = [
     "masked_linear",
     "masked_mlp",
     "masked_qkv_attention",
+    "masked_reconstruction_loss",
     "use_backend",
 ]

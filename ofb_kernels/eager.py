@@ -111,6 +111,26 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     return torch.sub(images, mean, out=mean).mul_(variance.add_(eps).rsqrt_())
 
 
+def masked_reconstruction_loss(
+    decoded: Tensor, images: Tensor, areas: Tensor, masked: Tensor, pixels: tuple[int, int], window: int, eps: float
+) -> Tensor:
+    """The drawn areas are gathered from a view of the target, in the decoder's layout: no pass over the images."""
+    blocks = blocks_of(local_norm(images, window, eps), pixels)
+    row, column = areas // blocks.shape[4], areas % blocks.shape[4]
+    image = torch.arange(len(images), device=images.device)[:, None]
+    target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p·q)
+    error = torch.linalg.vector_norm(decoded - target, 1, 2).where(masked, 0)  # (B, K)
+    return error.sum() / (masked.sum() * len(images)).clamp(min=1) / decoded.shape[2]
+
+
+def blocks_of(images: Tensor, pixels: tuple[int, int]) -> Tensor:
+    """(B, C, rows, p, columns, q) of images (B, C, H, W), without what no block of p × q pixels covers at their right
+    and bottom."""
+    p, q = pixels
+    rows, columns = images.shape[2] // p, images.shape[3] // q
+    return images[..., : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
+
+
 def _folded(weight: Tensor, bias: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """A linear layer's parameters, in their dtypes, with the mask of its output units multiplied in."""
     return (weight * mask[:, None]).to(weight.dtype), None if bias is None else (bias * mask).to(bias.dtype)

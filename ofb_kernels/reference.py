@@ -128,3 +128,12 @@ def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     mean = window_mean(images)
     variance = (window_mean(images.square()) - mean.square()) * pixels / (pixels - 1).clamp(min=1)
     return (images - mean) / (variance.clamp(min=0) + eps).sqrt()
+
+
+def masked_reconstruction_loss(
+    decoded: Tensor, images: Tensor, areas: Tensor, masked: Tensor, pixels: tuple[int, int], window: int, eps: float
+) -> Tensor:
+    """Mean |decoded − target| over the masked areas, the target being these areas of local_norm(images)."""
+    target = F.unfold(local_norm(images, window, eps), pixels, stride=pixels).mT  # (B, areas of an image, C·p·q)
+    error = (decoded - target.take_along_dim(areas[..., None], 1)).where(masked[:, None], 0)  # (B, K, C·p·q)
+    return error.abs().mean(2).sum() / (masked.sum() * len(images)).clamp(min=1)

@@ -181,7 +181,7 @@ def test_masked_patches_are_kept_ones_and_rebuilt_at_their_own_place(monkeypatch
         seen["hidden"] = areas
         return embeddings
 
-    monkeypatch.setattr("ofb.supernet.masked_images.reconstruction_loss", compare)
+    monkeypatch.setattr("ofb.supernet.masked_images.masked_reconstruction_loss", compare)
     monkeypatch.setattr("ofb.supernet.masked_images.replace_patches", embed)
     supernet.loss(*make_batch())
     assert torch.equal(seen["areas"], seen["hidden"])

@@ -25,7 +25,8 @@ ATTENTION = "tests/test_masked_attention.py"
 TESTS = {
     **{name: (f"tests/test_{name}.py",) for name in (
         "bimask", "masked_linear", "masked_mlp", "masked_layer_norm", "masked_add_layer_norm", "local_norm",
-        "dispatch", "eager", "nn", "deit_shapes", "tuning", "cuda_graph", "resume_on_a_gpu",
+        "masked_reconstruction_loss", "dispatch", "eager", "nn", "deit_shapes", "tuning", "cuda_graph",
+        "resume_on_a_gpu",
     )},
     "attention, head widths": (ATTENTION, "-k", "every_head_dim"),
     "attention, shapes": (ATTENTION, "-k", "any_shape and not every_head_dim"),

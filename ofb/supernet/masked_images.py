@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ofb_kernels import local_norm
+from ofb_kernels import local_norm, masked_reconstruction_loss
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MaskedImages(nn.Module):
         """
         decoded = self.decoder(tokens_of(tokens, drawn))
         areas = drawn if positions is None else positions[drawn]
-        return reconstruction_loss(decoded, images, areas, masked, self.area.pixels)
+        return masked_reconstruction_loss(decoded, images, areas, masked, self.area.pixels)
 
     def pictures(
         self, tokens: Tensor, images: Tensor, drawn: Tensor, masked: Tensor, positions: Tensor | None
@@ -119,31 +119,3 @@ def replace_patches(embeddings: Tensor, area: TokenArea, areas: Tensor, masked: 
     patches = area.patches_of(areas)
     replaced = replaced.scatter(1, patches.flatten(1), masked[:, None].expand(patches.shape).flatten(1))
     return torch.where(replaced[..., None], mask_token.to(embeddings.dtype), embeddings)
-
-
-def blocks_of(images: Tensor, pixels: tuple[int, int]) -> Tensor:
-    """(B, C, rows, p, columns, q) of images (B, C, H, W), without what no block of p × q pixels covers at their right
-    and bottom."""
-    p, q = pixels
-    rows, columns = images.shape[2] // p, images.shape[3] // q
-    return images[..., : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
-
-
-def reconstruction_loss(
-    decoded: Tensor, images: Tensor, areas: Tensor, masked: Tensor, pixels: tuple[int, int]
-) -> Tensor:
-    """Mean absolute error over the pixels of masked areas against the locally normalized image.
-
-    Args:
-        decoded: (B, K, C·p·q), the decoder's output for K areas of each image.
-        images: (B, C, H, W), the network's input; what no area covers at its right and bottom does not count.
-        areas: (B, K), which areas these are, counted row by row.
-        masked: (K,) bool, False for areas that do not count.
-        pixels: p and q, height and width of an area.
-    """
-    blocks = blocks_of(local_norm(images.float()), pixels)
-    row, column = areas // blocks.shape[4], areas % blocks.shape[4]
-    image = torch.arange(len(images), device=images.device)[:, None]
-    target = blocks[image, :, row, :, column].flatten(2)  # (B, K, C·p·q)
-    error = torch.linalg.vector_norm(decoded - target, 1, 2)  # (B, K)
-    return (error * masked).sum() / (masked.sum() * len(images)).clamp(min=1) / decoded.shape[2]

@@ -52,6 +52,11 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: expected eps >= 0, got {eps}")
 
 
+def check_window(op: str, window: int) -> None:
+    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+        raise ValueError(f"{op}: expected window as an odd positive int, got {window!r}")
+
+
 def compute_dtype(op: str, x: Tensor, **weights: Tensor | None) -> torch.dtype:
     """The dtype the op computes in and returns: autocast's where it is on, else x's, which the weights must share.
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_eps, check_floating, check_shape
+from ofb_kernels.ops.checks import check_eps, check_floating, check_shape, check_window
 from ofb_kernels.ops.library import library_op
 
 MOST_PLANES = 65535  # CUDA's limit on the second grid dimension
@@ -36,8 +36,7 @@ def local_norm(images: Tensor, window: int = 47, eps: float = 1e-6, backend: str
     op = "local_norm"
     check_floating(op, images=images)
     check_shape(op, "images", images, "B", "C", "H", "W")
-    if not isinstance(window, int) or window < 1 or window % 2 == 0:
-        raise ValueError(f"{op}: expected window as an odd positive int, got {window!r}")
+    check_window(op, window)
     check_eps(op, eps)
     planes = images.shape[0] * images.shape[1]
     limits = f"expected at most {MOST_PLANES} image planes B · C, got {planes}" if planes > MOST_PLANES else None

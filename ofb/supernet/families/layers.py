@@ -8,12 +8,11 @@ from timm.layers import RmsNorm
 from timm.layers.activations import GELUTanh, QuickGELU
 from torch import Tensor, nn
 
-from ofb.supernet.masked_images import blocks_of
 from ofb.supernet.pruning import Coupling
 from ofb.supernet.search_space import Candidates
 from ofb_kernels import masked_add_layer_norm, masked_layer_norm, masked_linear
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.eager import add_branch
+from ofb_kernels.eager import add_branch, blocks_of
 from ofb_kernels.ops.checks import compute_dtype
 
 # A unit whose mask is 0 must add nothing: activations that are 0 at 0.
