@@ -95,6 +95,7 @@ def _normalize_kernel(
         images_ptrs, rows, height, width, in_columns, HALF_H, ACCUMULATOR, GROUPS, STRIP, STRIPS
     )
     columns_in_window = window_size(columns, width, HALF_W).to(ACCUMULATOR)
+    column_share = 1.0 / columns_in_window
     for row in tl.static_range(STRIP):
         x = _load_row(images_ptrs, rows, row + HALF_H, height, width, in_columns, ACCUMULATOR)
         total += x
@@ -105,9 +106,13 @@ def _normalize_kernel(
             window_squares += top[row][1]
         window_total = _along_rows(window_total, HALF_W, GROUPS, STRIPS)
         window_squares = _along_rows(window_squares, HALF_W, GROUPS, STRIPS)
+        # n pixels of the window lie inside the image: μ = Σx / n, σ² = (Σx² − n·μ²) / (n − 1)
         rows_in_window = window_size(rows + row, height, HALF_H).to(ACCUMULATOR)
+        mean = window_total * (1.0 / rows_in_window * column_share)
+        freedom = tl.maximum(rows_in_window * columns_in_window - 1.0, 1.0)
+        scatter = tl.maximum(window_squares - window_total * mean, 0.0) + EPS * freedom  # (n − 1)·(σ² + eps)
         x = _load_row(images_ptrs, rows, row, height, width, own, ACCUMULATOR)
-        normalized = normalize(x, window_total, window_squares, rows_in_window, columns_in_window, EPS)
+        normalized = (x - mean) * (freedom * tl.rsqrt(freedom) * tl.rsqrt(scatter))
         out_ptrs = out_ptr + (offsets + tl.full((), row, tl.int64) * width)
         tl.store(out_ptrs, normalized, mask=own & (rows + row < height))
 
@@ -225,12 +230,3 @@ def _from_group(x, DISTANCE: tl.constexpr):
 def window_size(position, size, HALF: tl.constexpr):
     """How many entries within HALF of the position lie in [0, size); 1 where the position itself does not."""
     return tl.maximum(tl.minimum(position + HALF, size - 1) - tl.maximum(position - HALF, 0) + 1, 1)
-
-
-@triton.jit
-def normalize(x, total, squares, rows_in_window, columns_in_window, EPS: tl.constexpr):
-    """(x − μ) / √(σ² + eps) from Σx and Σx² over a window of n pixels: μ = Σx / n, σ² = (Σx² − n·μ²) / (n − 1)."""
-    mean = total * (1.0 / rows_in_window * (1.0 / columns_in_window))
-    freedom = tl.maximum(rows_in_window * columns_in_window - 1.0, 1.0)
-    scatter = tl.maximum(squares - total * mean, 0.0) + EPS * freedom  # (n − 1)·(σ² + eps)
-    return (x - mean) * (freedom * tl.rsqrt(freedom) * tl.rsqrt(scatter))

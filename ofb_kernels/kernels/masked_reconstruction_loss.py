@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ofb_kernels.kernels.common import on_device_of
-from ofb_kernels.kernels.local_norm import normalize, window_size
+from ofb_kernels.kernels.local_norm import window_size
 from ofb_kernels.kernels.tuning import run_configured
 
 # SPAN columns lie side by side in a program, those of several areas; the default first.
@@ -131,13 +131,22 @@ def _forward_kernel(
         counted = inside & masked[:, :, None]
         x_ptrs = row_ptrs[:, :, None] + (rows * IMAGE_WIDTH + columns)
         x = tl.load(x_ptrs, mask=counted & exists[:, :, None], other=float("nan")).to(ACCUMULATOR)
-        target = normalize(x, total, squares, rows_in_window, columns_in_window, EPS)
+        target = _normalize(x, total, squares, rows_in_window, columns_in_window, EPS)
         error = tl.load(decoded_ptr + offsets, mask=counted, other=0.0).to(ACCUMULATOR) - target
         error = tl.where(counted, error, 0.0)
         tl.store(error_sums_ptr + tl.program_id(0), tl.sum(tl.abs(error)))
         if sign_ptr is not None:
             sign = (error > 0).to(tl.int8) - (error < 0).to(tl.int8)  # of a NaN 0, as in torch
             tl.store(sign_ptr + offsets, sign, mask=inside)
+
+
+@triton.jit
+def _normalize(x, total, squares, rows_in_window, columns_in_window, EPS: tl.constexpr):
+    """(x − μ) / √(σ² + eps) from Σx and Σx² over a window of n pixels: μ = Σx / n, σ² = (Σx² − n·μ²) / (n − 1)."""
+    mean = total * (1.0 / rows_in_window * (1.0 / columns_in_window))
+    freedom = tl.maximum(rows_in_window * columns_in_window - 1.0, 1.0)
+    scatter = tl.maximum(squares - total * mean, 0.0) + EPS * freedom  # (n − 1)·(σ² + eps)
+    return (x - mean) * (freedom * tl.rsqrt(freedom) * tl.rsqrt(scatter))
 
 
 @triton.jit
