@@ -143,42 +143,43 @@ def backward(
     bias: Tensor | None = None,
     sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """grad_qkv, packed and contiguous, in qkv's dtype; in accumulator precision grad_mask (H, d), and if
-    `sums` those of grad_qkv over all tokens (3·H·d,), the gradient of the projection's bias."""
+    """grad_qkv, packed and contiguous, in qkv's dtype; in accumulator precision grad_mask (H, d) and, if `sums`, that
+    of the bias of the projection (3·H·d,), the sum of grad_qkv over all tokens."""
     batch, tokens, _, heads, head_dim = qkv.shape
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sum_exp)
     mask, bias, windows = mask.contiguous(), *_dense(bias)
     sizes = (tokens, heads, windows, *_strides(qkv), *grad_out.stride())
     constants = dict(SCALE=scale, SUMS=sums, **_constants(qkv, grad_out))
+    kind, query, key_value = "", BACKWARD_QUERY_CONFIGURATIONS, BACKWARD_KEY_VALUE_CONFIGURATIONS
+    if bias is not None:
+        kind, query, key_value = "biased_", BIASED_CONFIGURATIONS, BIASED_KEY_VALUE_CONFIGURATIONS
+    # Of each program the sums over its rows: if `sums` dq, dk and dv, those of the other kernel zeros, and always dm.
+    programs = _most_programs(query, "BLOCK_M", qkv) + _most_programs(key_value, "BLOCK_N", qkv)
+    partial = delta.new_empty(programs, 4 if sums else 1, heads * head_dim)
 
-    def launch_query(configuration: dict) -> Tensor:
+    def launch_query(configuration: dict) -> int:
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
-        partial = delta.new_empty(batch * tiles, 2 if sums else 1, heads * head_dim)
         _backward_query_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], **constants, **configuration,
         )  # fmt: skip
-        return column_sums(partial.flatten(1)).view(partial.shape[1:])  # of the mask, then of what was asked for
+        return batch * tiles
 
-    def launch_key_value(configuration: dict) -> Tensor:
+    def launch_key_value(configuration: dict) -> int:
         tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
-        partial = delta.new_empty(batch * tiles, 3 if sums else 1, heads * head_dim)
         _backward_key_value_kernel[(batch * heads * tiles,)](
-            grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial, *sizes,
+            grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial[written:], *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_M"], **constants, **configuration,
         )  # fmt: skip
-        return column_sums(partial.flatten(1)).view(partial.shape[1:])  # of the mask, then of what was asked for
+        return batch * tiles
 
-    if qkv.numel() == 0:
-        return grad_qkv, delta.new_zeros(heads, head_dim), delta.new_zeros(3 * heads * head_dim) if sums else None
-    kind, query, key_value = "", BACKWARD_QUERY_CONFIGURATIONS, BACKWARD_KEY_VALUE_CONFIGURATIONS
-    if bias is not None:
-        kind, query, key_value = "biased_", BIASED_CONFIGURATIONS, BIASED_KEY_VALUE_CONFIGURATIONS
-    mask_by_query, *sum_q = _run(f"{kind}backward_query", query, qkv, launch_query)
-    mask_by_key_value, *sum_kv = _run(f"{kind}backward_key_value", key_value, qkv, launch_key_value)
-    grad_mask = (mask_by_query + mask_by_key_value).view(heads, head_dim)
-    return grad_qkv, grad_mask, torch.cat([*sum_q, *sum_kv]) if sums else None
+    written = 0
+    if qkv.numel() > 0:
+        written = _run(f"{kind}backward_query", query, qkv, launch_query)
+        written += _run(f"{kind}backward_key_value", key_value, qkv, launch_key_value)
+    summed = column_sums(partial[:written].flatten(1)).view(partial.shape[1:])
+    return grad_qkv, summed[-1].view(heads, head_dim).clone(), summed[:-1].flatten() if sums else None
 
 
 def backward_bias(
@@ -208,6 +209,13 @@ def backward_bias(
 def _dense(bias: Tensor | None) -> tuple[Tensor | None, int]:
     """The bias as one block of memory, and its windows."""
     return (None, 1) if bias is None else (bias.contiguous(), len(bias))
+
+
+def _most_programs(configurations: dict, block: str, qkv: Tensor) -> int:
+    """How many programs a head takes, all sequences together, in the configuration that takes most of them."""
+    batch, tokens, _, _, head_dim = qkv.shape
+    candidates = configurations[qkv.element_size(), 64 if head_dim <= 64 else 128]
+    return batch * max(triton.cdiv(tokens, configuration[block]) for configuration in candidates)
 
 
 def _strides(qkv: Tensor) -> tuple[int, ...]:
@@ -357,7 +365,7 @@ def _backward_query_kernel(
     grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
     out_ptr += (batch * tokens * heads + head) * HEAD_DIM
     grad_qkv_ptr += (batch * tokens * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * (2 if SUMS else 1) * heads + head) * HEAD_DIM
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * (4 if SUMS else 1) * heads + head) * HEAD_DIM
     rows = (batch * heads + head) * tokens + offsets_m
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
@@ -398,9 +406,13 @@ def _backward_query_kernel(
     tl.store(grad_qkv_ptr + offsets, grad_q, mask=in_queries[:, None] & in_head[None, :])
     # the share of q and k in dm: 2 · scale · m ⊙ Σ_rows q ⊙ (ds k)
     partial = tl.sum(2.0 * grad_masked_q * q.to(ACCUMULATOR), 0)
-    tl.store(partial_ptr + offsets_d, partial, mask=in_head)
     if SUMS:
-        tl.store(partial_ptr + heads * HEAD_DIM + offsets_d, tl.sum(grad_q, 0), mask=in_head)
+        part, zeros = heads * HEAD_DIM, tl.zeros((BLOCK_D,), ACCUMULATOR)
+        tl.store(partial_ptr + offsets_d, tl.sum(grad_q, 0), mask=in_head)
+        tl.store(partial_ptr + part + offsets_d, zeros, mask=in_head)
+        tl.store(partial_ptr + 2 * part + offsets_d, zeros, mask=in_head)
+        partial_ptr += 3 * part
+    tl.store(partial_ptr + offsets_d, partial, mask=in_head)
 
 
 @triton.jit
@@ -426,7 +438,7 @@ def _backward_key_value_kernel(
     log_sum_exp_ptr += (batch * heads + head) * tokens
     delta_ptr += (batch * heads + head) * tokens
     grad_qkv_ptr += ((batch * tokens + tile * BLOCK_N) * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_N) + tile) * (3 if SUMS else 1) * heads + head) * HEAD_DIM
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_N) + tile) * (4 if SUMS else 1) * heads + head) * HEAD_DIM
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     keys, keys_ptr = tl.arange(0, BLOCK_N), qkv_ptr + (tile * BLOCK_N).to(tl.int64) * stride_n
@@ -467,11 +479,13 @@ def _backward_key_value_kernel(
     grad_v = grad_masked_v * mask[None, :]
     tl.store(grad_qkv_ptr + offsets, grad_k, mask=inside)
     tl.store(grad_qkv_ptr + offsets + part, grad_v, mask=inside)
-    # the share of v in dm: Σ_rows v ⊙ (pᵀ do)
-    tl.store(partial_ptr + offsets_d, tl.sum(grad_masked_v * v.to(ACCUMULATOR), 0), mask=in_head)
     if SUMS:
+        tl.store(partial_ptr + offsets_d, tl.zeros((BLOCK_D,), ACCUMULATOR), mask=in_head)
         tl.store(partial_ptr + part + offsets_d, tl.sum(grad_k, 0), mask=in_head)
         tl.store(partial_ptr + 2 * part + offsets_d, tl.sum(grad_v, 0), mask=in_head)
+        partial_ptr += 3 * part
+    # the share of v in dm: Σ_rows v ⊙ (pᵀ do)
+    tl.store(partial_ptr + offsets_d, tl.sum(grad_masked_v * v.to(ACCUMULATOR), 0), mask=in_head)
 
 
 @triton.jit
