@@ -23,6 +23,7 @@ from ofb_kernels.kernels import (
     masked_mlp,
     masked_reconstruction_loss,
 )
+from ofb_kernels.ops.masked_add_layer_norm import MAX_WIDTH_WITH_BIAS
 from ofb_kernels.ops.masked_linear import ACTIVATIONS
 
 TIMED = [Sizes(256, **sizes) for sizes in SIZES.values()]
@@ -228,10 +229,11 @@ def launch_masked_layer_norm(precision: Precision) -> Iterator[str]:
         x = meta(1576, width, dtype=dtype)
         _norm(x, dtype, bias=False)
         _norm(x, dtype, masked=False)
-        _norm(x, dtype, branch=x, sample_scale=meta(8))
-        _norm(meta(1576, width), dtype, branch=x, masked=False)
+        biased = width <= MAX_WIDTH_WITH_BIAS
+        _norm(x, dtype, branch=x, sample_scale=meta(8), branch_bias=biased)
+        _norm(meta(1576, width), dtype, branch=x, masked=False, branch_bias=biased)
         _norm(meta(1576, width), dtype, branch=x, branch_bias=False)
-        _norm(meta(1576, width), dtype, branch=x, sample_scale=meta(8))
+        _norm(meta(1576, width), dtype, branch=x, sample_scale=meta(8), branch_bias=biased)
     yield "multiples of 8"
     for sizes in PRUNED:
         _norm(meta(sizes.rows, sizes.width), dtype)

@@ -56,6 +56,12 @@ def test_with_the_bias_of_the_branch(backend, dtype, width, masked, drops, devic
     check_op(both, inputs, options, backend, reduction=4 * 33)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bias_of_a_branch_too_wide_for_its_sum(backend, device):
+    inputs = make_inputs((2, 3), 2056, torch.float32, device, branch_bias=True)
+    check_op(both, inputs, {}, backend, reduction=2056)
+
+
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("width", [17, 200, 384])
 @pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))

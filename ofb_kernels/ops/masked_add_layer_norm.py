@@ -11,6 +11,8 @@ from ofb_kernels.ops.library import library_op
 from ofb_kernels.ops.masked_layer_norm import gradient_like, width_limit
 from ofb_kernels.rows import as_rows, count_rows
 
+MAX_WIDTH_WITH_BIAS = 2048  # with the bias's sum beside the others the backward of a wider row would spill
+
 
 def masked_add_layer_norm(
     x: Tensor,
@@ -70,6 +72,8 @@ def masked_add_layer_norm(
     dtype = compute_dtype(op, x, branch=branch, weight=weight, bias=bias, branch_bias=branch_bias)
     chosen = choose_backend(op, backend, present(x=x, branch=branch, mask=mask), width_limit(x.shape[-1]))
     if chosen == "triton":
+        if branch_bias is not None and x.shape[-1] > MAX_WIDTH_WITH_BIAS:
+            branch, branch_bias = (branch + branch_bias).to(branch.dtype), None
         inputs = x, branch, branch_bias, branch_mask, sample_scale, weight, bias, mask
         return _forward(*inputs, eps, dtype)[:2]
     implementation = {"reference": reference, "eager": eager}[chosen]
