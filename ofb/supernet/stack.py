@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ofb.supernet.bimask import BiMask
-from ofb.supernet.losses import one_hot_losses
-from ofb_kernels import bimask
-from ofb_kernels.reference import candidate_probabilities
+from ofb_kernels import bimask, candidate_statistics
 
 
 class Joined(NamedTuple):
@@ -114,17 +112,17 @@ class Stacks(nn.Module):
                 masks |= stack.masks(lam, Joined(score, alpha))
         return masks
 
-    def expected_sizes(self, joined: Joined | None = None) -> tuple[Tensor, Tensor]:
-        """Σ p · size in heads (S,) and in units (S,) of every submodule, differentiable in alpha."""
-        joined = joined or self.join()
-        p = candidate_probabilities(self.candidates(joined.alpha, 0.0), self.alive[:, None]).squeeze(1)
-        return (p * self.heads).sum(1), (p * self.units).sum(1)
+    def statistics(self, joined: Joined | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the losses ask of the submodules.
 
-    def one_hot_loss(self, joined: Joined | None = None) -> Tensor:
-        """Σ over the open submodules of the adaptive one-hot loss plus score penalty · Σ S."""
+        Returns:
+            One-hot loss: Σ over the open submodules of the adaptive one-hot loss plus score penalty · Σ S, 0-d.
+            Expected sizes: Σ p · size in heads (S,) and in units (S,) of every submodule.
+        """
         joined = joined or self.join()
-        one_hot = one_hot_losses(self.candidates(joined.alpha, 0.0).squeeze(1), self.alive)
-        return one_hot.sum() + (self.penalties * joined.score.sigmoid()).sum()
+        alpha = self.candidates(joined.alpha, 0.0).squeeze(1)
+        one_hot, heads, units = candidate_statistics(alpha, self.alive, self.heads, self.units)
+        return one_hot.sum() + (self.penalties * joined.score.sigmoid()).sum(), heads, units
 
     def _rows(self, matrices: Iterable[Tensor]) -> Tensor:
         """(S, K) of a matrix (A, B) of each submodule, filled up with 0."""
