@@ -73,7 +73,7 @@ def budget_loss(expected: Tensor, goals: Tensor, dense: Tensor) -> Tensor:
     # ones would draw it beyond the tighter budget towards the looser one.
     excess = (expected - goals) / dense
     if len(excess) == 1:
-        return excess.square().sum()
+        return excess.square().squeeze(0)
     return excess.clamp(min=0).square().sum() + excess.max().clamp(max=0).square()
 
 

@@ -139,6 +139,7 @@ class Padding(nn.Module):
     def __init__(self, shapes: list[tuple[int, int]]) -> None:
         super().__init__()
         self.shape = (len(shapes), max(rows for rows, _ in shapes), max(columns for _, columns in shapes))
+        self.full = len(set(shapes)) == 1  # nothing to fill up, and nothing to copy
         inside = torch.zeros(self.shape, dtype=torch.bool)
         for matrix, (rows, columns) in zip(inside, shapes, strict=True):
             matrix[:rows, :columns] = True
@@ -146,12 +147,14 @@ class Padding(nn.Module):
 
     def forward(self, flat: Tensor, fill: float | bool) -> Tensor:
         """(S, rows, columns), with `fill` where a matrix has no entry."""
+        if self.full:
+            return flat.view(self.shape)
         padded = flat.new_full((math.prod(self.shape),), fill)
         return padded.index_copy_(0, self.places, flat).view(self.shape)
 
     def take(self, padded: Tensor) -> Tensor:
         """The entries of all matrices, flat and one after the other."""
-        return padded.flatten().index_select(0, self.places)
+        return padded.flatten() if self.full else padded.flatten().index_select(0, self.places)
 
 
 def _flat(matrices: Iterable[Tensor]) -> Tensor:

@@ -170,7 +170,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad_mask, score, alpha, head_counts, channel_counts, lam, alive, head_rank, channel_rank):
-    return torch.empty_like(score), torch.empty_like(alpha), torch.empty_like(lam)
+    return torch.empty_like(score), torch.empty_like(alpha), lam.new_empty(len(score))
 
 
 def _setup_context(ctx, inputs, output):
@@ -182,7 +182,7 @@ def _autograd_backward(ctx, grad_mask, _grad_head_rank, _grad_channel_rank):
     if grad_mask is None:
         return (None,) * len(ctx.needs_input_grad)
     grad_score, grad_alpha, grad_lam = _backward(grad_mask, *ctx.saved_tensors)
-    return grad_score, grad_alpha, None, None, grad_lam if ctx.needs_input_grad[4] else None, None
+    return grad_score, grad_alpha, None, None, grad_lam.sum() if ctx.needs_input_grad[4] else None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
