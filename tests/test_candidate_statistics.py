@@ -114,6 +114,30 @@ def test_one_alive_candidate_and_dead_ones_get_no_gradient(backend, device):
     assert (gradient[~options["alive"]] == 0).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_shows_in_its_row_alone(backend, value, device):
+    alpha, options = torch.randn(3, 6, device=device), make_options(3, 6, device)
+    expected = candidate_statistics(alpha, **options, backend=backend)
+    alpha[1, -1] = value
+    results = candidate_statistics(alpha.requires_grad_(), **options, backend=backend)
+    (gradient,) = torch.autograd.grad(sum(each.sum() for each in results), alpha)
+    for got, before in zip(results, expected, strict=True):
+        assert got[1].isnan() and torch.equal(got[::2], before[::2])
+    assert gradient[1].isnan().any() and gradient[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice(backend, device):
+    alpha, options = torch.randn(25, 33, device=device, requires_grad=True), make_options(25, 33, device)
+
+    def run():
+        results = candidate_statistics(alpha, **options, backend=backend)
+        return *results, *torch.autograd.grad(sum(each.sum() for each in results), alpha)
+
+    assert all(map(torch.equal, run(), run()))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend, device):
     if backend == "triton" and device == "cuda":

@@ -62,6 +62,14 @@ def test_padding_there_and_back():
     assert torch.equal(padding.take(padded), flat)
 
 
+def test_matrices_of_one_shape_are_not_copied():
+    flat = torch.arange(12.0)
+    padding = Padding([(2, 3), (2, 3)])
+    padded = padding(flat, 0.0)
+    assert torch.equal(padded, flat.view(2, 2, 3)) and torch.equal(padding.take(padded), flat)
+    assert padding.take(padded).data_ptr() == flat.data_ptr()
+
+
 def test_attention_has_a_score_penalty_of_its_own():
     bimasks = {name: BiMask(Candidates((2, 4), (2, 4))) for name in ("attn0", "mlp0")}
 

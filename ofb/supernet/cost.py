@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ofb.supernet.search_space import Size
-from ofb_kernels.autocast import without_autocast
 
 Sizes = Mapping[str, Size]  # (heads, channels) of each submodule
 
@@ -94,9 +93,9 @@ class ExpectedCost(nn.Module):
         self.constant = float(cost.constant)
 
     def forward(self, heads: Tensor, units: Tensor) -> Tensor:
-        with without_autocast(units):  # it would take the product to 16 bits, which such figures overflow
-            per_unit = torch.addmv(self.linear, self.products, units)
-        return torch.addcmul(heads * self.heads, units, per_unit).sum() + self.constant
+        # No matrix products: autocast would take them to 16 bits, which such figures overflow.
+        per_unit = self.linear + (self.products * units).sum(1)
+        return (heads * self.heads + units * per_unit).sum() + self.constant
 
 
 def readable(amount: float) -> str:

@@ -243,8 +243,7 @@ class Supernet(nn.Module):
             macs = self.goals(*sizes)
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
-        total = classification.add(macs, alpha=self.macs_weight)
-        total = total.addcmul(self.one_hot_factor, one_hot).addcmul(balance, rebuilt)
+        total = classification + self.one_hot_factor * one_hot + self.macs_weight * macs + balance * rebuilt
         return Losses(total, classification.detach(), one_hot.detach(), macs.detach(), rebuilt.detach())
 
     # ---- the course of the search ----
