@@ -131,7 +131,7 @@ def host_only() -> Iterator[None]:
         mock.patch.object(step, "mixed_precision", autocast),
         mock.patch.object(ops, "mixed_precision", autocast),
         mock.patch.object(vit, "patch_embeddings", project_patches),
-        mock.patch.object(import_module("ofb_kernels.ops.bimask"), "_on_host", lambda tensor: False),
+        mock.patch.object(import_module("ofb_kernels.ops.checks"), "on_host", lambda tensor: False),
         mock.patch.object(F, "dropout", dropout),
     ):
         yield

@@ -15,6 +15,7 @@ from benchmarks.compile_only import Recorder, every_configuration
 from benchmarks.floors import PATCH, SIZES, TINY, Sizes
 from ofb_kernels.kernels import (
     bimask,
+    candidate_statistics,
     fold,
     local_norm,
     masked_attention,
@@ -305,6 +306,30 @@ def _bimask(submodules: int, heads: int, channels: int, *counts: int) -> None:
     bimask.backward(mask, *arguments, head_rank, channel_rank)
 
 
+def launch_candidate_statistics(precision: Precision) -> Iterator[str]:
+    if precision != PRECISIONS["float32"]:
+        return  # as with bimask
+    yield "timed"
+    for sizes in TIMED:  # a row for each attention and MLP, and one for the residual width
+        _candidate_statistics(2 * sizes.depth + 1, 33)
+    yield "odd"
+    _candidate_statistics(1, 1)
+    _candidate_statistics(7, 256)
+    yield "one result used"
+    for used in range(3):
+        _candidate_statistics(25, 33, used)
+    yield "4,096 candidates"
+    _candidate_statistics(3, 4096)
+
+
+def _candidate_statistics(rows: int, candidates: int, used: int | None = None) -> None:
+    alive, sizes = meta(rows, candidates, dtype=torch.bool), meta(rows, candidates, dtype=torch.int64)
+    arguments = meta(rows, candidates), alive, sizes, sizes
+    results = candidate_statistics.forward(*arguments)
+    grads = tuple(result if used in (None, number) else None for number, result in enumerate(results))
+    candidate_statistics.backward(grads, *arguments)
+
+
 def launch_local_norm(precision: Precision) -> Iterator[str]:
     dtype = precision.dtype
     if precision.tf32:
@@ -364,6 +389,7 @@ LAUNCHES: dict[str, Callable[[Precision], Iterator[str]]] = {
     "masked_layer_norm": launch_masked_layer_norm,
     "masked_mlp": launch_masked_mlp,
     "bimask": launch_bimask,
+    "candidate_statistics": launch_candidate_statistics,
     "local_norm": launch_local_norm,
     "masked_reconstruction_loss": launch_masked_reconstruction_loss,
 }

@@ -19,6 +19,7 @@ from tests import common
 MODULES = (
     "masked_attention",  # makes the most launches: first, so that it is not what the others wait for
     "bimask",
+    "candidate_statistics",
     "masked_linear",
     "masked_mlp",
     "masked_layer_norm",

@@ -48,6 +48,7 @@ SDPA_BACKENDS = {
 }
 ON_SDPA = ("masked_attention", "masked_qkv_attention")
 SHARES_KERNELS_OF = {"masked_qkv_attention": "masked_attention"}
+ALL_LATENCY = ("bimask", "candidate_statistics")  # always in float32, on a few thousand numbers
 PASSES = ("forward", "both")
 OF_IMAGES = ("local_norm", "masked_reconstruction_loss")  # ops on pixels, which are never pruned
 Form = Callable[[], object]
@@ -142,6 +143,10 @@ def cases(sizes: Sizes, device: str, low: torch.dtype | None = None) -> Iterator
     alpha = mask(sizes.depth, counts[0].shape[1], counts[1].shape[1])
     lam = torch.tensor(0.5, device=device)
     yield Case("bimask", {"score": score, "alpha": alpha}, {"counts": counts, "lam": lam})
+    grid = counts[0][:, :, None].expand(alpha.shape)
+    sizes_of_grid = {"heads": grid.flatten(1), "units": (grid * counts[1][:, None]).flatten(1)}
+    logits = alpha.detach().flatten(1).requires_grad_()
+    yield Case("candidate_statistics", {"alpha": logits}, {"alive": torch.ones_like(logits).bool()} | sizes_of_grid)
     x, fc1 = random(batch, tokens, width), {"weight": random(hidden, width), "bias": random(hidden)}
     yield Case("masked_linear", {"x": x, **fc1, "mask": mask(hidden)}, {"activation": "gelu"})
     fc1 = {f"fc1_{name}": tensor for name, tensor in fc1.items()}
@@ -241,7 +246,7 @@ def on_sdpa(case: Case, sdpa: SDPBackend) -> Form:
 
 
 def floor_seconds(op: str, which: str, sizes: Sizes, rates: floors.Rates) -> float | None:
-    """The least time of a pass; None for bimask, which is all latency."""
+    """The least time of a pass; None for an op that is all latency."""
     if op not in floors.OPS:
         return None
     forward, backward = floors.OPS[op](sizes)

@@ -99,6 +99,9 @@ def _examples(device: torch.device) -> Iterator[tuple[Callable, dict, dict, int]
     x, hidden, rows = random(2, TOKENS, WIDTH), UNITS, 2 * TOKENS
     score = {"score": random(2, 16), "alpha": random(2, 3)}
     yield ofb_kernels.bimask, score, {"counts": ([1, 2], [4, 8, 16]), "lam": 0.5}, score["score"].numel()
+    sizes = torch.tensor([[4, 8, 16]] * 2, device=device)
+    options = {"alive": torch.ones_like(sizes, dtype=torch.bool), "heads": sizes // 4, "units": sizes}
+    yield ofb_kernels.candidate_statistics, {"alpha": random(2, 3)}, options, sizes.shape[1]
     fc1 = {"weight": random(hidden, WIDTH), "bias": random(hidden), "mask": mask(hidden)}
     yield ofb_kernels.masked_linear, {"x": x, **fc1}, {"activation": "gelu"}, rows
     mlp = {"fc1_weight": fc1["weight"], "fc1_bias": fc1["bias"], "mask": fc1["mask"]}

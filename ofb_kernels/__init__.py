@@ -2,6 +2,7 @@
 
 from ofb_kernels.dispatch import use_backend
 from ofb_kernels.ops.bimask import bimask
+from ofb_kernels.ops.candidate_statistics import candidate_statistics
 from ofb_kernels.ops.local_norm import local_norm
 from ofb_kernels.ops.masked_add_layer_norm import masked_add_layer_norm
 from ofb_kernels.ops.masked_attention import masked_attention, masked_qkv_attention
@@ -12,6 +13,7 @@ from ofb_kernels.ops.masked_reconstruction_loss import masked_reconstruction_los
 
 __all__ = [
     "bimask",
+    "candidate_statistics",
     "local_norm",
     "masked_add_layer_norm",
     "masked_attention",

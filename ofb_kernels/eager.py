@@ -33,6 +33,10 @@ def bimask(
     return torch.lerp(sparsity, score.sigmoid(), lam)
 
 
+def candidate_statistics(alpha: Tensor, alive: Tensor, heads: Tensor, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.candidate_statistics(alpha, alive, heads, units)
+
+
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, activation: str | None
 ) -> Tensor:

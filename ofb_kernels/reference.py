@@ -4,6 +4,8 @@ Reading this file alone tells what the whole package computes. Nothing here is f
 and every other backend is tested against it. Arguments are those of the public ops and already checked.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,10 @@ ACTIVATIONS = {
 
 # Head importances are summed in units of 2^-30: an integer sum does not depend on its order, so ties stay ties.
 HEAD_IMPORTANCE_UNIT = 2**30
+# σ stays this far from 0 and 1, where the tangent has its poles; in float32 it even has the wrong sign there.
+SIGMA_MARGIN = 1e-4
+# A probability below e^-80 contributes nothing to an entropy in float32; the bound keeps 0 · log 0 at 0.
+LOG_PROBABILITY_FLOOR = -80.0
 
 
 def ranks(importance: Tensor) -> Tensor:
@@ -54,6 +60,30 @@ def bimask(
     p = candidate_probabilities(alpha, alive)
     sparsity = torch.einsum("sha,sab,shdb->shd", keeps_head.to(p.dtype), p, keeps_channel.to(p.dtype))
     return lam * importance + (1 - lam) * sparsity
+
+
+def candidate_statistics(alpha: Tensor, alive: Tensor, heads: Tensor, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adaptive one-hot losses, Σ p · heads and Σ p · units of S submodules, (S,) each; all arguments (S, K)."""
+    p = candidate_probabilities(alpha[:, None], alive[:, None]).squeeze(1)
+    return one_hot_losses(alpha, alive), (p * heads).sum(1), (p * units).sum(1)
+
+
+def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
+    """−Σ p log p + (1/n) · tan(π/2 − π σ) of S submodules, (S,), 0 for one alive candidate; alpha and alive (S, K)."""
+    log_p = alpha.masked_fill(~alive, -torch.inf).log_softmax(1).clamp(min=LOG_PROBABILITY_FLOOR)
+    p = log_p.exp() * alive
+    n = alive.sum(1, dtype=p.dtype)
+    entropy = -(p * log_p).sum(1)
+    sigma = one_hotness(p, alive).clamp(SIGMA_MARGIN, 1 - SIGMA_MARGIN)
+    losses = entropy + 1 / n * torch.tan(math.pi / 2 - math.pi * sigma)
+    return torch.where(n > 1, losses, torch.zeros_like(losses))
+
+
+def one_hotness(p: Tensor, alive: Tensor) -> Tensor:
+    """σ (S,) of the adaptive one-hot loss: 1 if and only if p is one-hot, 0 if and only if it is uniform over several
+    candidates; p and alive (S, K)."""
+    share = 1 / alive.sum(1, dtype=p.dtype)
+    return ((p - share[:, None]).square() * alive).sum(1) / (1 - share).clamp(min=SIGMA_MARGIN)
 
 
 def masked_linear(

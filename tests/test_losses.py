@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb.supernet import adaptive_one_hot_loss
-from ofb.supernet.losses import Criterion, budget_loss, one_hot_losses
+from ofb.supernet.losses import Criterion, budget_loss
 
 
 def by_definition(alpha: torch.Tensor) -> torch.Tensor:
@@ -99,14 +99,6 @@ def test_budget_loss(excess, expected):
     dense, goals = torch.tensor([4e9, 8e6][: len(excess)]), torch.tensor([2e9, 5e6][: len(excess)])
     costs = goals + dense * torch.tensor(excess)
     assert budget_loss(costs, goals, dense) == pytest.approx(expected)
-
-
-def test_losses_of_a_stack():
-    alpha, alive = torch.randn(3, 7), torch.ones(3, 7, dtype=torch.bool)
-    alive[1, 4:] = alive[2, 1:] = False
-    losses = one_hot_losses(alpha, alive)
-    expected = [adaptive_one_hot_loss(alpha[0]), adaptive_one_hot_loss(alpha[1, :4]), torch.zeros(())]
-    torch.testing.assert_close(losses, torch.stack(expected))
 
 
 def test_classification_takes_indices_and_probabilities():

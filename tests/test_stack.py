@@ -42,7 +42,7 @@ def test_expected_sizes():
         bimasks["b"].alpha.zero_()
     a = (0.1 * 6 + 0.2 * 16 + 0.3 * 12 + 0.3 * 20 + 0.1 * 32) / (0.1 + 0.2 + 0.3 + 0.3 + 0.1)
     b = sum(heads * channels for heads in (1, 2, 3) for channels in (4, 6)) / 6
-    heads, units = Stacks(bimasks, PENALTIES).expected_sizes()
+    _, heads, units = Stacks(bimasks, PENALTIES).statistics()
     assert heads.tolist() == pytest.approx([(0.3 * 2 + 0.7 * 4), 2, 2])
     assert units.tolist() == pytest.approx([a, b, 14])
 
@@ -51,7 +51,7 @@ def test_one_hot_loss_is_that_of_the_open_submodules():
     bimasks = make_bimasks()
     penalized = [0.01 * bimasks[name].score.sigmoid().sum() for name in "ab"]
     losses = [adaptive_one_hot_loss(bimasks[name].alpha, bimasks[name].alive) for name in "ab"]
-    torch.testing.assert_close(Stacks(bimasks, PENALTIES).one_hot_loss(), sum(penalized + losses))
+    torch.testing.assert_close(Stacks(bimasks, PENALTIES).statistics()[0], sum(penalized + losses))
 
 
 def test_padding_there_and_back():
@@ -62,13 +62,25 @@ def test_padding_there_and_back():
     assert torch.equal(padding.take(padded), flat)
 
 
+def test_matrices_of_one_shape_are_not_copied():
+    flat = torch.arange(12.0)
+    padding = Padding([(2, 3), (2, 3)])
+    padded = padding(flat, 0.0)
+    assert torch.equal(padded, flat.view(2, 2, 3)) and torch.equal(padding.take(padded), flat)
+    assert padding.take(padded).data_ptr() == flat.data_ptr()
+
+
 def test_attention_has_a_score_penalty_of_its_own():
     bimasks = {name: BiMask(Candidates((2, 4), (2, 4))) for name in ("attn0", "mlp0")}
-    plain = Stacks(bimasks, {"attention": 0.0, "others": 0.0}).one_hot_loss()
+
+    def one_hot_loss(penalties):
+        return Stacks(bimasks, penalties).statistics()[0]
+
+    plain = one_hot_loss({"attention": 0.0, "others": 0.0})
     importance = {name: bimask.score.sigmoid().sum() for name, bimask in bimasks.items()}
     for penalties in ({"attention": 2.0, "others": 0.0}, {"attention": 0.0, "others": 3.0}):
         expected = penalties["attention"] * importance["attn0"] + penalties["others"] * importance["mlp0"]
-        torch.testing.assert_close(Stacks(bimasks, penalties).one_hot_loss() - plain, expected)
+        torch.testing.assert_close(one_hot_loss(penalties) - plain, expected)
 
 
 def test_masks_of_some_submodules():
@@ -83,9 +95,9 @@ def test_what_is_joined_once_gives_the_same_gradients():
     learned = [parameter for each in bimasks.values() for parameter in (each.score, each.alpha)]
 
     def gradients(joined):
-        heads, units = stacks.expected_sizes(joined)
+        one_hot, heads, units = stacks.statistics(joined)
         squares = sum(mask.square().sum() for mask in stacks.masks(LAM, joined).values())
-        return torch.autograd.grad(squares + stacks.one_hot_loss(joined) + (heads * units).sum(), learned)
+        return torch.autograd.grad(squares + one_hot + (heads * units).sum(), learned)
 
     for got, expected in zip(gradients(stacks.join()), gradients(None), strict=True):
         torch.testing.assert_close(got, expected)

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.card.processes import Job, Part
 from benchmarks.floors import OPS
 
-ALL_OPS = ("bimask", *OPS)
+ALL_OPS = ("bimask", "candidate_statistics", *OPS)
 # The strongest rivals first, and apart: five compilers at once keep 16 cores busy for more than two minutes.
 RIVALS = ("dense + compile", "folded + compile", "folded + plain norm + compile")
 OTHERS_COMPILED = ("triton + compile", "folded + compile max-autotune")
@@ -24,8 +24,8 @@ ATTENTION = "tests/test_masked_attention.py"
 # What each process of the op tests runs; long modules in pieces that together are the whole.
 TESTS = {
     **{name: (f"tests/test_{name}.py",) for name in (
-        "bimask", "masked_linear", "masked_mlp", "masked_layer_norm", "masked_add_layer_norm", "local_norm",
-        "masked_reconstruction_loss", "dispatch", "eager", "nn", "deit_shapes", "tuning", "cuda_graph",
+        "bimask", "candidate_statistics", "masked_linear", "masked_mlp", "masked_layer_norm", "masked_add_layer_norm",
+        "local_norm", "masked_reconstruction_loss", "dispatch", "eager", "nn", "deit_shapes", "tuning", "cuda_graph",
         "resume_on_a_gpu",
     )},
     "attention, head widths": (ATTENTION, "-k", "every_head_dim"),

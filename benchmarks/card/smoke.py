@@ -18,7 +18,7 @@ import ofb_kernels
 from benchmarks.configurations import defaults_and_others, with_defaults
 from benchmarks.floors import MODELS, Sizes
 from benchmarks.measure import synchronize
-from benchmarks.ops import OF_IMAGES, SHARES_KERNELS_OF, Case, cases, pass_of
+from benchmarks.ops import ALL_LATENCY, OF_IMAGES, SHARES_KERNELS_OF, Case, cases, pass_of
 from benchmarks.process import add_process_options, own_row, take_turn, verdict
 from ofb_kernels.testing import check_op, error_bound
 
@@ -31,7 +31,7 @@ def main() -> None:
     checked, launched = BATCHES[arguments.model]
     low = torch.bfloat16 if arguments.device == "cuda" else torch.float16
     sizes_of_name = ("full",) if arguments.op in OF_IMAGES else ("full", "pruned")
-    dtypes = (torch.float32,) if arguments.op == "bimask" else (low, torch.float32)  # masks are always in float32
+    dtypes = (torch.float32,) if arguments.op in ALL_LATENCY else (low, torch.float32)
     for size in sizes_of_name:
         for dtype in dtypes:
             torch.manual_seed(0)

@@ -1,16 +1,13 @@
 """The losses of a search step (OFB, CVPR 2024, sections 3.2 to 3.4)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# σ stays this far from 0 and 1, where the tangent has its poles; in float32 it even has the wrong sign there.
-SIGMA_MARGIN = 1e-4
-# A probability below e^-80 contributes nothing to an entropy in float32; the bound keeps 0 · log 0 at 0.
-LOG_PROBABILITY_FLOOR = -80.0
+from ofb_kernels.reference import one_hot_losses
+
 DISTILLATIONS = (None, "auto", "soft", "hard")
 
 
@@ -60,26 +57,8 @@ def adaptive_one_hot_loss(alpha: Tensor, alive: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"adaptive_one_hot_loss: expected alive of alpha's shape {tuple(alpha.shape)}, got {tuple(alive.shape)}"
         )
+    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     return one_hot_losses(alpha.flatten()[None], alive.flatten()[None])[0]
-
-
-def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
-    """adaptive_one_hot_loss (S,) of S submodules, alpha and alive (S, K); dead candidates fill up a shorter one."""
-    logits = alpha.to(torch.promote_types(alpha.dtype, torch.float32)).masked_fill(~alive, -torch.inf)
-    log_p = logits.log_softmax(1).clamp(min=LOG_PROBABILITY_FLOOR)
-    p = log_p.exp() * alive
-    n = alive.sum(1)
-    entropy = -(p * log_p).sum(1)
-    sigma = one_hotness(p, alive).clamp(SIGMA_MARGIN, 1 - SIGMA_MARGIN)
-    losses = entropy + 1 / n * torch.tan(math.pi / 2 - math.pi * sigma)
-    return torch.where(n > 1, losses, torch.zeros_like(losses))
-
-
-def one_hotness(p: Tensor, alive: Tensor) -> Tensor:
-    """σ (S,) of the adaptive one-hot loss: 1 if and only if p is one-hot, 0 if and only if it is uniform over several
-    candidates; p and alive (S, K)."""
-    share = 1 / alive.sum(1)
-    return ((p - share[:, None]).square() * alive).sum(1) / (1 - share).clamp(min=SIGMA_MARGIN)
 
 
 def budget_loss(expected: Tensor, goals: Tensor, dense: Tensor) -> Tensor:
@@ -94,7 +73,7 @@ def budget_loss(expected: Tensor, goals: Tensor, dense: Tensor) -> Tensor:
     # ones would draw it beyond the tighter budget towards the looser one.
     excess = (expected - goals) / dense
     if len(excess) == 1:
-        return excess.square().sum()
+        return excess.square().squeeze(0)
     return excess.clamp(min=0).square().sum() + excess.max().clamp(max=0).square()
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ofb.supernet.bimask import BiMask
-from ofb.supernet.losses import one_hot_losses
-from ofb_kernels import bimask
-from ofb_kernels.reference import candidate_probabilities
+from ofb_kernels import bimask, candidate_statistics
 
 
 class Joined(NamedTuple):
@@ -114,17 +112,17 @@ class Stacks(nn.Module):
                 masks |= stack.masks(lam, Joined(score, alpha))
         return masks
 
-    def expected_sizes(self, joined: Joined | None = None) -> tuple[Tensor, Tensor]:
-        """Σ p · size in heads (S,) and in units (S,) of every submodule, differentiable in alpha."""
-        joined = joined or self.join()
-        p = candidate_probabilities(self.candidates(joined.alpha, 0.0), self.alive[:, None]).squeeze(1)
-        return (p * self.heads).sum(1), (p * self.units).sum(1)
+    def statistics(self, joined: Joined | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the losses ask of the submodules.
 
-    def one_hot_loss(self, joined: Joined | None = None) -> Tensor:
-        """Σ over the open submodules of the adaptive one-hot loss plus score penalty · Σ S."""
+        Returns:
+            One-hot loss: Σ over the open submodules of the adaptive one-hot loss plus score penalty · Σ S, 0-d.
+            Expected sizes: Σ p · size in heads (S,) and in units (S,) of every submodule.
+        """
         joined = joined or self.join()
-        one_hot = one_hot_losses(self.candidates(joined.alpha, 0.0).squeeze(1), self.alive)
-        return one_hot.sum() + (self.penalties * joined.score.sigmoid()).sum()
+        alpha = self.candidates(joined.alpha, 0.0).squeeze(1)
+        one_hot, heads, units = candidate_statistics(alpha, self.alive, self.heads, self.units)
+        return one_hot.sum() + (self.penalties * joined.score.sigmoid()).sum(), heads, units
 
     def _rows(self, matrices: Iterable[Tensor]) -> Tensor:
         """(S, K) of a matrix (A, B) of each submodule, filled up with 0."""
@@ -141,6 +139,7 @@ class Padding(nn.Module):
     def __init__(self, shapes: list[tuple[int, int]]) -> None:
         super().__init__()
         self.shape = (len(shapes), max(rows for rows, _ in shapes), max(columns for _, columns in shapes))
+        self.full = len(set(shapes)) == 1  # nothing to fill up, and nothing to copy
         inside = torch.zeros(self.shape, dtype=torch.bool)
         for matrix, (rows, columns) in zip(inside, shapes, strict=True):
             matrix[:rows, :columns] = True
@@ -148,12 +147,14 @@ class Padding(nn.Module):
 
     def forward(self, flat: Tensor, fill: float | bool) -> Tensor:
         """(S, rows, columns), with `fill` where a matrix has no entry."""
+        if self.full:
+            return flat.view(self.shape)
         padded = flat.new_full((math.prod(self.shape),), fill)
         return padded.index_copy_(0, self.places, flat).view(self.shape)
 
     def take(self, padded: Tensor) -> Tensor:
         """The entries of all matrices, flat and one after the other."""
-        return padded.flatten().index_select(0, self.places)
+        return padded.flatten() if self.full else padded.flatten().index_select(0, self.places)
 
 
 def _flat(matrices: Iterable[Tensor]) -> Tensor:

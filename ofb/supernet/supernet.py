@@ -18,7 +18,7 @@ from ofb.supernet.families import FAMILIES, family_of
 from ofb.supernet.families.tokens import kept_patches, search_tokens
 from ofb.supernet.goals import Goals
 from ofb.supernet.latency import LatencyTable
-from ofb.supernet.losses import Criterion, Losses, one_hotness
+from ofb.supernet.losses import Criterion, Losses
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, keep_units
@@ -27,6 +27,7 @@ from ofb.supernet.search_space import TOKENS, SearchSpace
 from ofb.supernet.stack import Joined, Stacks
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
+from ofb_kernels.reference import one_hotness
 
 RESIDUAL_MASKS = ("stream", "input")
 SCORE_INITS = ("taylor", "magnitude", "random")
@@ -238,7 +239,8 @@ class Supernet(nn.Module):
         with self._backend():
             joined = self.stacks.join()
             logits, rebuilt = self._logits_and_reconstruction(images, self._all_masks(joined))
-            one_hot, macs = self.stacks.one_hot_loss(joined), self.goals(*self._expected_sizes(joined))
+            one_hot, sizes = self._statistics(joined)
+            macs = self.goals(*sizes)
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
         total = classification + self.one_hot_factor * one_hot + self.macs_weight * macs + balance * rebuilt
@@ -339,7 +341,7 @@ class Supernet(nn.Module):
     @torch.no_grad()
     def expected_costs(self) -> dict[str, float]:
         """F(p), the expected cost of the network, of each kind that the target limits and of MACs."""
-        return {kind: float(cost) for kind, cost in self.goals.expected(*self._expected_sizes()).items()}
+        return {kind: float(cost) for kind, cost in self.goals.expected(*self._statistics()[1]).items()}
 
     def expected_macs(self) -> float:
         """F(p), the expected MACs of the network."""
@@ -460,11 +462,13 @@ class Supernet(nn.Module):
         sparsity |= {name: v for name, v in inside.items() if name in self.normed}
         return {name: v.flatten() for name, v in sparsity.items() if not self.bimasks[name].final}
 
-    def _expected_sizes(self, joined: Joined | None = None) -> tuple[Tensor, ...]:
-        """Expected heads (S,) and units (S,) of all submodules, and the probabilities of the numbers of patches (K,)
-        where these are searched."""
-        sizes = self.stacks.expected_sizes(joined)
-        return (*sizes, self.bimasks[TOKENS].probabilities().flatten()) if self.searches_tokens else sizes
+    def _statistics(self, joined: Joined | None = None) -> tuple[Tensor, list[Tensor]]:
+        """One-hot loss, 0-d; expected heads (S,) and units (S,) of all submodules, and the probabilities of the numbers
+        of patches (K,) where these are searched."""
+        one_hot, *sizes = self.stacks.statistics(joined)
+        if self.searches_tokens:
+            sizes.append(self.bimasks[TOKENS].probabilities().flatten())
+        return one_hot, sizes
 
     def _build_stacks(self) -> None:
         self.revision += 1

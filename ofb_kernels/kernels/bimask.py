@@ -43,7 +43,7 @@ def backward(
     grad_mask: Tensor, score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor,
     alive: Tensor, head_rank: Tensor, channel_rank: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of score (S, H, d), alpha (S, A, B) and lam (); all contiguous."""
+    """Gradients of score (S, H, d) and alpha (S, A, B), and what each submodule adds to lam's (S,); all contiguous."""
     submodules, heads, channels = score.shape
     candidates = alpha.shape[1:]
     grad_score, grad_alpha, grad_lam = torch.empty_like(score), torch.empty_like(alpha), lam.new_empty(submodules)
@@ -55,7 +55,7 @@ def backward(
             BLOCK_CANDIDATES=triton.next_power_of_2(candidates.numel()), ACCUMULATOR=accumulator_dtype(score),
             **BACKWARD_CONFIGURATION,
         )  # fmt: skip
-    return grad_score, grad_alpha, grad_lam.sum()
+    return grad_score, grad_alpha, grad_lam
 
 
 @triton.jit

@@ -8,11 +8,11 @@ from torch import Tensor
 from ofb_kernels import eager, reference
 from ofb_kernels.autocast import without_autocast
 from ofb_kernels.dispatch import choose_backend
-from ofb_kernels.ops.checks import check_floating, check_shape
+from ofb_kernels.ops import checks
+from ofb_kernels.ops.checks import candidate_limit, check_alive, check_floating, check_shape
 from ofb_kernels.ops.library import library_op
 
 OP = "bimask"
-MOST_CANDIDATES = 4096  # the kernels hold all of a submodule's at once
 Counts = Sequence[int] | Tensor
 
 
@@ -64,8 +64,11 @@ def bimask(
         for name, each, units in zip(names, counts, score.shape[len(stack) :], strict=True)
     ]
     check_shape(OP, "alpha", alpha, *stack, *(each.shape[-1] for each in counts))
-    alive = torch.ones_like(alpha, dtype=torch.bool) if alive is None else _checked_alive(alive, alpha)
-    chosen = choose_backend(OP, backend, {"score": score}, _limits(alpha.shape[len(stack) :].numel()))
+    if alive is None:
+        alive = torch.ones_like(alpha, dtype=torch.bool)
+    else:
+        check_alive(OP, alive, alpha, leading=len(stack))
+    chosen = choose_backend(OP, backend, {"score": score}, candidate_limit(alpha.shape[len(stack) :].numel()))
     # Without heads: one head that is always kept.
     head_counts = counts[0] if score.dim() > 1 else torch.ones(1, dtype=torch.int64, device=score.device)
     implementation = {"reference": reference.bimask, "eager": eager.bimask, "triton": _triton}[chosen]
@@ -80,11 +83,6 @@ def bimask(
             _with_dims(3, alive),
         )
     return mask.view(score.shape).to(score.dtype)
-
-
-def _limits(candidates: int) -> str | None:
-    too_many = f"expected at most {MOST_CANDIDATES} candidates, got {candidates}"
-    return too_many if candidates > MOST_CANDIDATES else None
 
 
 def _with_dims(dims: int, tensor: Tensor) -> Tensor:
@@ -122,23 +120,12 @@ def _counts_tensor(name: str, counts: Counts, units: int, stack: torch.Size, dev
     return torch.tensor(values, device=device)
 
 
-def _checked_alive(alive: Tensor, alpha: Tensor) -> Tensor:
-    if not isinstance(alive, Tensor) or alive.dtype != torch.bool:
-        raise TypeError(f"{OP}: expected alive as a bool tensor, got {getattr(alive, 'dtype', type(alive).__name__)}")
-    check_shape(OP, "alive", alive, *alpha.shape)
-    if alive.device != alpha.device:
-        raise ValueError(f"{OP}: expected alive on {alpha.device}, got {alive.device}; move it there")
-    if _on_host(alive) and not _with_dims(3, alive).flatten(1).any(1).all():
-        raise ValueError(f"{OP}: expected alive with at least one candidate of each submodule, got none")
-    return alive
-
-
 def _lam_tensor(lam: float | Tensor, score: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(lam, Tensor):
         if lam.dim() != 0 or lam.device != score.device or not lam.is_floating_point():
             got = f"{lam.dtype} of shape {tuple(lam.shape)} on {lam.device}"
             raise ValueError(f"{OP}: expected lam as a float or a 0-d tensor on {score.device}, got {got}")
-        if _on_host(lam) and not 0 <= lam <= 1:
+        if checks.on_host(lam) and not 0 <= lam <= 1:
             raise ValueError(f"{OP}: expected lam in [0, 1], got {lam.item()}")
         return lam.to(dtype)
     if not isinstance(lam, (float, int)):
@@ -146,11 +133,6 @@ def _lam_tensor(lam: float | Tensor, score: Tensor, dtype: torch.dtype) -> Tenso
     if not 0 <= lam <= 1:
         raise ValueError(f"{OP}: expected lam in [0, 1], got {lam}")
     return score.new_full((), lam, dtype=dtype)
-
-
-def _on_host(tensor: Tensor) -> bool:
-    """Whether values can be read without waiting for a device, or for a compiler that has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @library_op("bimask")
@@ -188,7 +170,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad_mask, score, alpha, head_counts, channel_counts, lam, alive, head_rank, channel_rank):
-    return torch.empty_like(score), torch.empty_like(alpha), torch.empty_like(lam)
+    return torch.empty_like(score), torch.empty_like(alpha), lam.new_empty(len(score))
 
 
 def _setup_context(ctx, inputs, output):
@@ -200,7 +182,7 @@ def _autograd_backward(ctx, grad_mask, _grad_head_rank, _grad_channel_rank):
     if grad_mask is None:
         return (None,) * len(ctx.needs_input_grad)
     grad_score, grad_alpha, grad_lam = _backward(grad_mask, *ctx.saved_tensors)
-    return grad_score, grad_alpha, None, None, grad_lam if ctx.needs_input_grad[4] else None, None
+    return grad_score, grad_alpha, None, None, grad_lam.sum() if ctx.needs_input_grad[4] else None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

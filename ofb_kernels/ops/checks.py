@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+MOST_CANDIDATES = 4096  # the kernels hold all of a submodule's at once
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,6 +44,28 @@ def check_shape(op: str, name: str, tensor: Tensor | None, *expected: int | str)
 def check_choice(op: str, name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{op}: expected {name} as one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_alive(op: str, alive: Tensor, alpha: Tensor, leading: int) -> None:
+    """A bool for each candidate, and one that is alive in each submodule, of which alpha's leading dimensions tell."""
+    if not isinstance(alive, Tensor) or alive.dtype != torch.bool:
+        raise TypeError(f"{op}: expected alive as a bool tensor, got {getattr(alive, 'dtype', type(alive).__name__)}")
+    check_shape(op, "alive", alive, *alpha.shape)
+    if alive.device != alpha.device:
+        raise ValueError(f"{op}: expected alive on {alpha.device}, got {alive.device}; move it there")
+    if on_host(alive) and not alive.flatten(leading).any(-1).all():
+        raise ValueError(f"{op}: expected alive with at least one candidate of each submodule, got none")
+
+
+def candidate_limit(candidates: int) -> str | None:
+    """Why the kernels cannot take a submodule of so many candidates, or None where they can."""
+    too_many = f"expected at most {MOST_CANDIDATES} candidates, got {candidates}"
+    return too_many if candidates > MOST_CANDIDATES else None
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, or for a compiler that has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_eps(op: str, eps: float) -> None:
