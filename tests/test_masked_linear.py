@@ -1,14 +1,18 @@
 """masked_linear: every backend against the float64 reference, gradients, compilation, bad input."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from ofb_kernels.kernels import masked_linear as kernel_of_masked_linear
 from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import hidden_multiple
+from ofb_kernels.kernels.fold import weight_gradient
 from ofb_kernels.kernels.product import describable, is_persistent
 from ofb_kernels.kernels.tuning import run_configured
 from ofb_kernels.ops.masked_linear import ACTIVATIONS, masked_linear
@@ -260,3 +264,15 @@ def test_column_sums(rows, device):
     torch.testing.assert_close(column_sums(matrix), matrix.double().sum(0).float(), atol=1e-4, rtol=1e-5)
     half = column_sums(matrix.half(), torch.float16)
     assert half.dtype == torch.float16 and half.shape == (130,)
+
+
+@pytest.mark.skipif("dtype" not in torch.ops.aten.mm.overloads(), reason="torch before 2.8 casts it")
+def test_a_gpu_writes_the_gradient_of_float32_weights_as_it_adds_it_up():
+    with FakeTensorMode():
+        grad, x = (torch.empty(6, columns, dtype=torch.bfloat16, device="cuda") for columns in (4, 3))
+        seen = []
+        with mock.patch.object(torch, "mm", lambda *args, **options: seen.append(options) or args[0] @ args[1]):
+            assert weight_gradient(grad, x, torch.float32).shape == (4, 3)
+            assert weight_gradient(grad, x, torch.bfloat16).dtype == torch.bfloat16
+        assert seen == [{"out_dtype": torch.float32}]
+        assert weight_gradient(grad, x, torch.float32).dtype == torch.float32

@@ -56,7 +56,7 @@ def parameter_gradients(
         bias: (N,) or None.
         mask: (N,) or None.
     """
-    grad_weight = _weight_gradient(grad, x, weight.dtype)
+    grad_weight = weight_gradient(grad, x, weight.dtype)
     if sums is None and not (mask is None and bias is None):
         sums = column_sums(grad, None if mask is not None else bias.dtype)
     if mask is not None:
@@ -64,7 +64,7 @@ def parameter_gradients(
     return grad_weight, weight.new_empty(0) if bias is None else sums.to(bias.dtype), weight.new_empty(0)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """gradᵀ x (N, K) in `dtype`."""
     straight = _WRITES_ACCUMULATOR and grad.is_cuda and grad.element_size() == 2 and dtype == torch.float32
     if straight and grad.numel() > 0 and x.numel() > 0:
