@@ -29,6 +29,8 @@ class TokenArea:
 
     def patches_of(self, areas: Tensor) -> Tensor:
         """The patches (B, K, patches²), counted row by row over the image, of areas (B, K)."""
+        if self.patches == 1:
+            return areas[..., None]
         side = torch.arange(self.patches, device=areas.device)
         row, column = areas // self.columns, areas % self.columns
         rows = row[..., None] * self.patches + side  # (B, K, patches)

@@ -142,9 +142,9 @@ def backward(
     scale: float,
     bias: Tensor | None = None,
     sums: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """grad_qkv, packed and contiguous, in qkv's dtype; in accumulator precision grad_mask (H, d) and, if `sums`, that
-    of the bias of the projection (3·H·d,), the sum of grad_qkv over all tokens."""
+) -> tuple[Tensor, Tensor]:
+    """grad_qkv, packed and contiguous, in qkv's dtype; and in accumulator precision grad_mask (1, H, d), before it, if
+    `sums`, grad_qkv summed over all tokens: the gradient of the projection's bias, (4, H, d) in all."""
     batch, tokens, _, heads, head_dim = qkv.shape
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sum_exp)
@@ -178,8 +178,7 @@ def backward(
     if qkv.numel() > 0:
         written = _run(f"{kind}backward_query", query, qkv, launch_query)
         written += _run(f"{kind}backward_key_value", key_value, qkv, launch_key_value)
-    summed = column_sums(partial[:written].flatten(1)).view(partial.shape[1:])
-    return grad_qkv, summed[-1].view(heads, head_dim).clone(), summed[:-1].flatten() if sums else None
+    return grad_qkv, column_sums(partial[:written].flatten(1)).view(-1, heads, head_dim)
 
 
 def backward_bias(

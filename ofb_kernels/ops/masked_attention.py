@@ -167,7 +167,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     from ofb_kernels.kernels import masked_attention as kernel
 
-    return kernel.backward(grad_out, qkv, mask, out, log_sum_exp, scale, bias)[:2]
+    grad_qkv, grad_mask = kernel.backward(grad_out, qkv, mask, out, log_sum_exp, scale, bias)
+    return grad_qkv, grad_mask[0]
 
 
 @_backward.register_fake
@@ -248,20 +249,23 @@ def _qkv_backward(
     scale: float,
     needs_x: bool,
     needs_projection: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, empty where they are not needed, and of the mask."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and weight, empty where they are not needed, and in accumulator precision those of the bias, where
+    it is needed, and of the mask, (3, H, d) and (1, H, d) behind each other."""
     from ofb_kernels.kernels import masked_attention
 
-    results, sums, needs = (out, log_sum_exp, scale, attention_bias), bias is not None, (needs_x, needs_projection)
-    grad_qkv, grad_mask, grad_sums = masked_attention.backward(grad_out, qkv, mask, *results, sums and needs_projection)
-    *gradients, _ = linear_gradients(as_rows(grad_qkv.flatten(2)), grad_sums, x, weight, bias, None, kept, needs)
-    return *gradients, grad_mask.to(mask.dtype)
+    sums = bias is not None and needs_projection
+    grad_qkv, grad_sums = masked_attention.backward(
+        grad_out, qkv, mask, out, log_sum_exp, scale, attention_bias, sums
+    )
+    rows, needs = as_rows(grad_qkv.flatten(2)), (needs_x, needs_projection)
+    return *linear_gradients(rows, None, x, weight, None, None, kept, needs)[:2], grad_sums
 
 
 @_qkv_backward.register_fake
 def _(grad_out, x, weight, bias, mask, attention_bias, out, log_sum_exp, qkv, kept, scale, needs_x, needs_projection):
-    *gradients, _ = empty_gradients(x, weight, bias, None, (needs_x, needs_projection))
-    return *gradients, mask.new_empty(mask.shape)
+    gradients = empty_gradients(x, weight, None, None, (needs_x, needs_projection))[:2]
+    return *gradients, log_sum_exp.new_empty(4 if bias is not None and needs_projection else 1, *mask.shape)
 
 
 def _qkv_setup_context(ctx, inputs, output):
@@ -273,14 +277,15 @@ def _qkv_setup_context(ctx, inputs, output):
 def _qkv_autograd_backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
-    needs = needs_x, *_ = ctx.needs_input_grad[:4]
-    *inputs, attention_bias, out, log_sum_exp, qkv, kept = saved = ctx.saved_tensors
-    gradients = _qkv_backward(grad_out, *saved, ctx.scale, needs_x, any(needs[1:3]))
-    grad_bias = None
-    if ctx.needs_input_grad[5]:
-        grad_bias = _backward_bias(grad_out, qkv, inputs[3], out, log_sum_exp, ctx.scale, attention_bias)
-        grad_bias = grad_bias.to(attention_bias.dtype)
-    return *only_needed(needs, gradients), None, grad_bias, None
+    needs = needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad[:4]
+    _, _, bias, mask, attention_bias, out, log_sum_exp, qkv, _ = saved = ctx.saved_tensors
+    *gradients, sums = _qkv_backward(grad_out, *saved, ctx.scale, needs_x, needs_weight or needs_bias)
+    grad_bias = sums[:3].flatten().to(bias.dtype) if needs_bias else None
+    gradients = only_needed(needs, (*gradients, grad_bias, sums[-1].to(mask.dtype)))
+    if not ctx.needs_input_grad[5]:
+        return *gradients, None, None, None
+    of_scores = _backward_bias(grad_out, qkv, mask, out, log_sum_exp, ctx.scale, attention_bias)
+    return *gradients, None, of_scores.to(attention_bias.dtype), None
 
 
 _qkv_forward.register_autograd(_qkv_autograd_backward, setup_context=_qkv_setup_context)
