@@ -30,7 +30,7 @@ def diagnose(device: torch.device) -> tuple[str, bool]:
     well = True
     for op, chosen, error in _checks(device):
         well = well and error is None
-        lines.append(f"        {op:21} {chosen}" + ("" if error is None else f"; {error}"))
+        lines.append(f"        {op:26} {chosen}" + ("" if error is None else f"; {error}"))
     lines += ["        each agrees with float64, forward and backward"] if well else []
     lines.append("all is well" if well else "something is wrong: see above")
     return "\n".join(lines), well
@@ -116,3 +116,6 @@ def _examples(device: torch.device) -> Iterator[tuple[Callable, dict, dict, int]
     branch = {"branch": random(2, TOKENS, WIDTH), "branch_mask": mask(WIDTH)}
     yield ofb_kernels.masked_add_layer_norm, {"x": x, **branch, **norm}, {}, rows
     yield ofb_kernels.local_norm, {"images": random(2, 3, 16, 16)}, {"window": WINDOW}, WINDOW**2
+    options = {"images": random(2, 3, 16, 24), "areas": torch.tensor([[0, 5], [3, 1]], device=device)}
+    options |= {"masked": torch.tensor([True, False], device=device), "pixels": (8, 8), "window": WINDOW}
+    yield ofb_kernels.masked_reconstruction_loss, {"decoded": random(2, 2, 3 * 8 * 8)}, options, 2 * 3 * 8 * 8
