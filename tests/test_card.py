@@ -80,7 +80,7 @@ def test_estimate(monkeypatch):
     monkeypatch.setattr(estimate, "compile_all", lambda kinds, *_, count: [None] * numbers[kinds[0]])
     monkeypatch.setattr(estimate, "seconds_each", lambda: 0.5)
     _, smoke, tests = estimate.compile_estimate(["smoke", "times", "tests"]).splitlines()
-    assert smoke.strip() == "smoke: 140 specialisations × 0.50 s ÷ 8 processes = 9 s"
+    assert smoke.strip() == "smoke: 140 specialisations × 0.50 s ÷ 10 processes = 7 s"
     assert tests.strip() == "tests: 640 specialisations × 0.50 s ÷ 16 processes = 20 s"
 
 

@@ -35,6 +35,11 @@ def test_the_mask_scales_the_value(make):
     mlp, x, mask = make().double(), torch.randn(2, 3, 6).double(), torch.rand(10).double()
     with torch.no_grad():
         expected = formula(mlp, x, mask)
-        torch.testing.assert_close(mlps.masked_forward(mlp, x, mask, norm_mask=None), expected)
+        out, late_bias = mlps.masked_forward(mlp, x, mask, norm_mask=None)
+        assert late_bias is None
+        torch.testing.assert_close(out, expected)
+        out, late_bias = mlps.masked_forward(mlp, x, mask, norm_mask=None, without_bias=True)
+        assert late_bias is mlp.fc2.bias
+        torch.testing.assert_close(out + late_bias, expected)
         mlps.fold(mlp, mask)
         torch.testing.assert_close(mlp(x), expected)

@@ -21,7 +21,7 @@ from torch import Tensor
 import ofb_kernels
 from ofb_kernels import reference
 from ofb_kernels.dispatch import INTERPRETED, MOST_ROWS
-from ofb_kernels.ops.bimask import MOST_CANDIDATES
+from ofb_kernels.ops.checks import MOST_CANDIDATES
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs single programs in Triton's interpreter")
 PAST = 2**31
@@ -214,7 +214,7 @@ def norm_backward():
     share = mask / mask.sum()
     mean[-5:] = (stream.detach() * share).sum(-1)
     rstd[-5:] = (((stream.detach() - mean[-5:, None]).square() * share).sum(-1) + 1e-6).rsqrt()
-    arguments = grad_out, x, weight, bias, mask, mean, rstd, 1e-6, grad_stream, Branch(branch, mask, None, 1)
+    arguments = grad_out, x, weight, bias, mask, mean, rstd, 1e-6, grad_stream, Branch(branch, None, mask, None, 1)
     grad_branch = last_program("masked_layer_norm", "_backward_kernel", "backward", *arguments)["grad_branch_ptr"]
     normalized = reference.masked_layer_norm(stream, weight.float(), bias.float(), mask, 1e-6)
     (grad_stream_in,) = torch.autograd.grad(normalized, stream, grad_out[-5:].float())
