@@ -178,7 +178,7 @@ def backward(
     if qkv.numel() > 0:
         written = _run(f"{kind}backward_query", query, qkv, launch_query)
         written += _run(f"{kind}backward_key_value", key_value, qkv, launch_key_value)
-    return grad_qkv, column_sums(partial[:written].flatten(1)).view(-1, heads, head_dim)
+    return grad_qkv, column_sums(partial[:written].flatten(1)).view(partial.shape[1], heads, head_dim)
 
 
 def backward_bias(
