@@ -20,7 +20,8 @@ from ofb_kernels.kernels.common import on_device_of
 from ofb_kernels.kernels.local_norm import window_size
 from ofb_kernels.kernels.tuning import run_configured
 
-# SPAN columns lie side by side in a program, those of several areas; the default first.
+# SPAN columns lie side by side in a program: four times those of a tile for each of SPAN / (4 · COLUMNS) areas. The
+# default first.
 CONFIGURATIONS = (
     dict(SPAN=256, num_warps=4),
     dict(SPAN=512, num_warps=8),
@@ -48,7 +49,7 @@ def forward(
     loss, share = (decoded.new_empty((), dtype=wide) for _ in range(2))
 
     def launch(configuration: dict) -> None:
-        groups = triton.cdiv(areas.shape[1], _areas_of_program(configuration["SPAN"], columns))
+        groups = triton.cdiv(areas.shape[1], configuration["SPAN"] // (4 * columns))
         error_sums = decoded.new_empty(batch * channels * tiles * groups, dtype=wide)
         _forward_kernel[(len(error_sums),)](
             decoded, images, areas, masked, sign if keep else None, error_sums, areas.shape[1], channels, height,
@@ -81,12 +82,6 @@ def _tile_side(size: int, half: int, most: int) -> int:
     return min(triton.next_power_of_2(size), most, 1 << (2 * half + 2).bit_length() - 1)
 
 
-@triton.constexpr_function
-def _areas_of_program(span: int, columns: int) -> int:
-    """Areas side by side in a program: each takes four times a tile's columns, for its windows reach beyond it."""
-    return span // (4 * columns)
-
-
 @triton.jit
 def _forward_kernel(
     decoded_ptr, images_ptr, areas_ptr, masked_ptr, sign_ptr, error_sums_ptr, areas, channels, height,
@@ -95,7 +90,7 @@ def _forward_kernel(
     ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """One program: the same tile of ROWS × COLUMNS pixels in several areas of HEIGHT × WIDTH of one image plane."""
-    AREAS: tl.constexpr = _areas_of_program(SPAN, COLUMNS)
+    AREAS: tl.constexpr = SPAN // (4 * COLUMNS)  # each takes four times its columns, for its windows reach beyond it
     TILES_W: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     TILES: tl.constexpr = (HEIGHT + ROWS - 1) // ROWS * TILES_W
     ACROSS: tl.constexpr = IMAGE_WIDTH // WIDTH  # areas side by side in an image
