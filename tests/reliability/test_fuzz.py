@@ -70,7 +70,7 @@ def leading(draw: random.Random, most: int = 3, least: int = 0) -> tuple[int, ..
 
 def randn(draw: random.Random, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(draw.getrandbits(40))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def mask(draw: random.Random, *shape: int, some: bool = False) -> Tensor:
@@ -160,6 +160,8 @@ def add_layer_norm(draw: random.Random) -> Call:
     call.dims |= {"branch": "...d", "branch_mask": "d"}
     if draw.random() < 0.5:
         call.options["sample_scale"] = (randn(draw, shape[0]) > 0).float().to(DEVICE) / 0.7
+    if draw.random() < 0.5:
+        call.inputs["branch_bias"], call.dims["branch_bias"] = randn(draw, shape[-1]), "d"
     return call
 
 
@@ -207,6 +209,19 @@ def _alive(draw: random.Random, alpha: Tensor) -> Tensor:
     return alive.to(DEVICE)
 
 
+def rebuilt_areas(draw: random.Random) -> Call:
+    (p, q), (rows, columns), channels = *([draw.randint(1, most) for _ in range(2)] for most in (9, 4)), 3
+    batch, drawn = draw.randint(1, 3), draw.randint(1, rows * columns)
+    areas = torch.stack([torch.tensor(draw.sample(range(rows * columns), drawn)) for _ in range(batch)]).to(DEVICE)
+    masked = torch.tensor([draw.random() < 0.7 for _ in range(drawn)], device=DEVICE)
+    pictures = randn(draw, batch, channels, rows * p + draw.randint(0, 3), columns * q + draw.randint(0, 3))
+    options = {"images": pictures.float().to(DEVICE), "areas": areas, "masked": masked, "pixels": (p, q)}
+    options |= {"window": draw.choice((1, 3, 5, 9, 47)), "eps": draw.choice((0.1, 1.0))}
+    inputs = {"decoded": randn(draw, batch, drawn, channels * p * q)}
+    wrong = {"window": (0, 4, "3", None), "eps": (-1.0, "small"), "pixels": (3, (0, 1), ("a", "b"), None)}
+    return Call(inputs, options, max(inputs["decoded"].numel(), options["window"] ** 2), {"decoded": "bke"}, {}, wrong)
+
+
 OPS: dict[str, tuple[Callable, Callable[[random.Random], Call]]] = {
     "bimask": (ofb_kernels.bimask, units),
     "masked_linear": (ofb_kernels.masked_linear, linear),
@@ -217,6 +232,7 @@ OPS: dict[str, tuple[Callable, Callable[[random.Random], Call]]] = {
     "masked_layer_norm": (ofb_kernels.masked_layer_norm, layer_norm),
     "masked_add_layer_norm": (both_results, add_layer_norm),
     "local_norm": (ofb_kernels.local_norm, images),
+    "masked_reconstruction_loss": (ofb_kernels.masked_reconstruction_loss, rebuilt_areas),
 }
 # Eager's local_norm takes what is not finite all over its image by products, the kernel of bimask gives a NaN no rank
 # and leaves units alone that no candidate keeps: all of it still shows, but in other places and with other values.
