@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.column_sums import column_sums
+from ofb_kernels.kernels.column_sums import FEW_ROWS, column_sums
 from ofb_kernels.kernels.common import accumulator_dtype, hidden_multiple, known_multiple, on_device_of
 from ofb_kernels.rows import few_rows
 
@@ -50,18 +50,17 @@ def parameter_gradients(
 
     Args:
         grad: du (M, N).
-        sums: Σ_rows du (N,) in accumulator precision, None if it is yet to be summed.
+        sums: du summed over some of its rows each, (P, N) in accumulator precision; None if it is yet to be summed.
         x: (M, K).
         weight: (N, K).
         bias: (N,) or None.
         mask: (N,) or None.
     """
     grad_weight = weight_gradient(grad, x, weight.dtype)
-    if sums is None and not (mask is None and bias is None):
-        sums = column_sums(grad, None if mask is not None else bias.dtype)
+    sums = grad if sums is None else sums
     if mask is not None:
         return unfold(grad_weight, sums, weight, bias, mask)
-    return grad_weight, weight.new_empty(0) if bias is None else sums.to(bias.dtype), weight.new_empty(0)
+    return grad_weight, weight.new_empty(0) if bias is None else column_sums(sums, bias.dtype), weight.new_empty(0)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,17 +76,19 @@ def unfold(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dW (N, K) and db (N,) in W's dtype, and dm (N,) in the mask's; db is empty where there is no bias.
 
-    grad_folded (N, K) is dW_f and sums (N,) is db_f.
+    grad_folded (N, K) is dW_f, and the rows of sums (P, N) add up to db_f; without a bias nobody looks at them.
     """
     grad_folded, weight, mask = grad_folded.contiguous(), weight.contiguous(), mask.contiguous()
+    if bias is not None:
+        bias, sums = bias.contiguous(), sums.contiguous() if len(sums) <= FEW_ROWS else column_sums(sums)[None]
     grad_weight, grad_mask = torch.empty_like(weight), torch.empty_like(mask)
     grad_bias = weight.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     if mask.numel() > 0:
         columns, inner = weight.shape
         with on_device_of(weight):
             _unfold_kernel[(triton.cdiv(columns, BLOCKS["BLOCK_N"]),)](
-                grad_folded, sums.contiguous(), weight, None if bias is None else bias.contiguous(), mask,
-                grad_weight, grad_bias, grad_mask, columns, inner,
+                grad_folded, sums, weight, bias, mask,
+                grad_weight, grad_bias, grad_mask, columns, inner, len(sums),
                 MULTIPLE=hidden_multiple(inner), ACCUMULATOR=accumulator_dtype(weight), **BLOCKS,
             )  # fmt: skip
     return grad_weight, grad_bias, grad_mask
@@ -120,7 +121,7 @@ def _fold_kernel(
 @triton.jit
 def _unfold_kernel(
     grad_folded_ptr, sums_ptr, weight_ptr, bias_ptr, mask_ptr, grad_weight_ptr, grad_bias_ptr, grad_mask_ptr,
-    columns, inner,
+    columns, inner, parts,
     MULTIPLE: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of the weight, whole."""
@@ -138,8 +139,20 @@ def _unfold_kernel(
         products += grad_folded * weight
         tl.store(grad_weight_ptr + offsets, grad_folded * mask[:, None], mask=inside)
     grad_mask = tl.sum(products, 1)
-    sums = tl.load(sums_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)  # (BLOCK_N,)
     if bias_ptr is not None:
+        sums = _sums_of_parts(sums_ptr, parts, columns, offsets_n, ACCUMULATOR, BLOCK_K)  # (BLOCK_N,)
         grad_mask += sums * tl.load(bias_ptr + offsets_n, mask=in_columns, other=0.0).to(ACCUMULATOR)
         tl.store(grad_bias_ptr + offsets_n, sums * mask, mask=in_columns)
     tl.store(grad_mask_ptr + offsets_n, grad_mask, mask=in_columns)
+
+
+@triton.jit
+def _sums_of_parts(sums_ptr, parts, columns, offsets_n, ACCUMULATOR: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The sums over the rows of (parts, columns) in some of its columns."""
+    total = tl.zeros((BLOCK_P, offsets_n.shape[0]), ACCUMULATOR)
+    for start_p in range(0, parts, BLOCK_P):
+        offsets_p = start_p + tl.arange(0, BLOCK_P)
+        inside = (offsets_p < parts)[:, None] & (offsets_n < columns)[None, :]
+        offsets = offsets_p[:, None] * columns + offsets_n[None, :]
+        total += tl.load(sums_ptr + offsets, mask=inside, other=0.0).to(ACCUMULATOR)
+    return tl.sum(total, 0)

@@ -5,7 +5,7 @@ Backward:  du = dout ⊙ slope and Σ_rows du here; dx = du W_f, and dW_f = du�
 No pass over rows sees the mask, unless rows are few: then u = (x Wᵀ + b) ⊙ m in the epilogue, and dx = (du ⊙ m) W.
 Products without an activation have no epilogue to fuse and stay with cuBLAS; nothing is kept of them, and du = dout.
 
-The column sums are kept per program in float32 and added up by one reduction: no atomics, the same bits every time.
+The column sums of du are kept per program in float32, and `fold` adds them up: no atomics, the same bits every time.
 """
 
 import torch
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
     activate,
@@ -129,7 +128,8 @@ def _with_activation(
 
 
 def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[Tensor, Tensor | None]:
-    """du (M, N) in grad_out's dtype, and Σ_rows du (N,) in accumulator precision; grad_out and slope (M, N).
+    """du (M, N) in grad_out's dtype, and in accumulator precision its sums over parts of the rows (P, N); grad_out and
+    slope (M, N).
 
     Without an activation grad_out itself, and no sums yet.
     """
@@ -147,10 +147,10 @@ def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[T
             grad_out, slope, grad, partial, rows, columns, grad_out.stride(0),
             MULTIPLE=multiple, ACCUMULATOR=accumulator_dtype(slope), **configuration,
         )  # fmt: skip
-        return column_sums(partial)
+        return partial
 
     if slope.numel() == 0:
-        return grad, slope.new_zeros(columns, dtype=partial_dtype)
+        return grad, slope.new_zeros((1, columns), dtype=partial_dtype)
     kernel = f"masked_linear.backward {slope.element_size()} bytes"
     with on_device_of(slope):
         return grad, run_configured(kernel, BACKWARD_CONFIGURATIONS, (rows, columns), slope, launch)

@@ -4,7 +4,7 @@ Forward:   u = (x W₁ᵀ + b₁) ⊙ m,   hidden = act(u),   slope = act'(u),  
 Backward:  du = (dout W₂) ⊙ slope and Σ_rows du here; dW₂ = doutᵀ hidden, and what is left is fc1's (masked_linear.py)
 The forward is masked_linear's kernel and a plain product. Products without an epilogue stay with cuBLAS.
 
-The column sums are kept per row tile in float32 and added up by one reduction: no atomics, the same bits every time.
+The column sums of du are kept per row tile in float32, and `fold` adds them up: no atomics, the same bits every time.
 """
 
 import torch
@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
     dot_precision,
@@ -63,7 +62,8 @@ def backward(
         activation: a name `activate` knows.
 
     Returns:
-        du (M, N) in grad_out's dtype, and Σ_rows du (N,) in accumulator precision, None without an activation.
+        du (M, N) in grad_out's dtype, and in accumulator precision its sums over parts of the rows (P, N), None without
+        an activation.
     """
     if activation is None:
         return grad_out @ fc2_weight, None
@@ -95,10 +95,10 @@ def backward(
                 MULTIPLE=multiple, ACCUMULATOR=accumulator_dtype(slope), PRECISION=dot_precision(),
                 **constants, **configuration,
             )  # fmt: skip
-        return column_sums(partial)
+        return partial
 
     if slope.numel() == 0:
-        return grad, slope.new_zeros(columns, dtype=partial_dtype)
+        return grad, slope.new_zeros((1, columns), dtype=partial_dtype)
     size, sizes = slope.element_size(), (rows, columns, inner)
     kernel, candidates = f"masked_mlp.backward {size} bytes", BACKWARD_CONFIGURATIONS[size]
     if inner > 0 and describable(grad_out, weight, slope):

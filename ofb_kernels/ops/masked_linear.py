@@ -111,7 +111,7 @@ def linear_gradients(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (..., K), weight, bias and mask of u = (x Wᵀ + b) ⊙ m from du (M, N) and, where they are known,
-    its sums over the rows; those empty that nobody needs, x's and any of the others'."""
+    its sums over parts of the rows (P, N); those empty that nobody needs, x's and any of the others'."""
     from ofb_kernels.kernels import fold
 
     grad_x, *parameters = empty_gradients(x, weight, bias, mask, (False, False))
