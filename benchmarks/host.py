@@ -59,7 +59,8 @@ SEVERAL = {
 }
 # One launch over many tensors takes so many of them, and so many programs of CHUNK entries.
 CHUNK, MOST_PROGRAMS = 65_536, 320
-MOST_TENSORS = {"_fused_adamw_": 36, "_foreach_add_": 110}
+MOST_TENSORS = {"_fused_adamw_": 36, "_foreach_add_": 110, "_foreach_copy_": 64}
+OPTIMIZER = ("_fused_adamw_", "_foreach_add_")
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def phase_of(name: str) -> str:
     """The phase of a step in which something is launched now."""
     if torch._C._current_graph_task_id() >= 0:
         return "backward"
-    return "optimizer" if name in MOST_TENSORS else "forward"
+    return "optimizer" if name in OPTIMIZER else "forward"
 
 
 # ---- launches ----

@@ -27,6 +27,7 @@ from ofb.supernet.search_space import TOKENS, SearchSpace
 from ofb.supernet.stack import Joined, Stacks
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
+from ofb_kernels.casts import Casts
 from ofb_kernels.reference import one_hotness
 
 RESIDUAL_MASKS = ("stream", "input")
@@ -150,7 +151,7 @@ class Supernet(nn.Module):
         self.criterion = criterion or Criterion()
         self.one_hot_weight, self.macs_weight = one_hot_weight, macs_weight
         self.score_penalties = {"attention": attention_score_penalty, "others": score_penalty}
-        self.prune_threshold, self.backend = prune_threshold, backend
+        self.prune_threshold, self.backend, self.casts = prune_threshold, backend, Casts()
         self.searches_tokens = space.tokens
 
         submodules = self.family.submodules(model)
@@ -217,7 +218,7 @@ class Supernet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of the masked network, no patch replaced."""
-        with self._backend():
+        with self._backend(), self._casts_at_once():
             patches = self.family.patch_embeddings(self.model, images)
             return self._tokens_and_logits(patches, self._all_masks())[1]
 
@@ -236,7 +237,7 @@ class Supernet(nn.Module):
             classification = self.criterion(self(images), targets, teacher_logits)
             zero = torch.zeros_like(classification)
             return Losses(classification, classification.detach(), zero, zero, zero)
-        with self._backend():
+        with self._backend(), self._casts_at_once():
             joined = self.stacks.join()
             logits, rebuilt = self._logits_and_reconstruction(images, self._all_masks(joined))
             one_hot, sizes = self._statistics(joined)
@@ -370,7 +371,7 @@ class Supernet(nn.Module):
         """
         if self.masked_images is None:
             raise ValueError("reconstruct: expected a supernet with masked image modelling, got mask_ratio_end=0")
-        with self._backend():
+        with self._backend(), self._casts_at_once():
             tokens, _, *places = self._hidden_tokens(images, self._all_masks())
             return self.masked_images.pictures(tokens, images, *places)
 
@@ -511,3 +512,6 @@ class Supernet(nn.Module):
 
     def _backend(self) -> AbstractContextManager:
         return nullcontext() if self.backend is None else use_backend(self.backend)
+
+    def _casts_at_once(self) -> AbstractContextManager:
+        return nullcontext() if torch.compiler.is_compiling() else self.casts

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ofb_kernels.casts import cast_at_once
 from ofb_kernels.kernels.column_sums import FEW_ROWS, column_sums
 from ofb_kernels.kernels.common import accumulator_dtype, hidden_multiple, known_multiple, on_device_of
 from ofb_kernels.rows import few_rows
@@ -19,9 +20,11 @@ _WRITES_ACCUMULATOR = "dtype" in torch.ops.aten.mm.overloads() and torch.version
 
 
 def fold(weight: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """W ⊙ m (N, K) and b ⊙ m (N,) in `dtype`, contiguous. Without a mask W and b, untouched if they have that dtype."""
-    if mask is None and weight.dtype == dtype:
-        return weight, bias
+    """W ⊙ m (N, K) and b ⊙ m (N,) in `dtype`, contiguous. Without a mask W and b as they are in that dtype."""
+    if mask is None:
+        cast = cast_at_once(weight, dtype), cast_at_once(bias, dtype)
+        if all(each is None or each.dtype == dtype for each in cast):
+            return cast
     columns, inner = weight.shape
     folded_weight = weight.new_empty((columns, inner), dtype=dtype)
     folded_bias = None if bias is None else bias.new_empty(columns, dtype=dtype)
