@@ -50,6 +50,7 @@ NO_LAUNCH = frozenset(
 SEVERAL = {
     **dict.fromkeys(["index_add", "masked_fill", "scatter", "scatter_add"], 2),  # a copy, and the same in place
     **dict.fromkeys(["select_backward", "slice_backward"], 2),  # zeros, and the copy of a part
+    "topk": 2,  # the greatest, then their order
     "sort": 3,  # copies of values and indices, then the sort in place
     "nll_loss_backward": 2,  # zeros, then the gradient
     "native_layer_norm_backward": 2,  # the input's gradient; the parameters'

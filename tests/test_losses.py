@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofb.supernet import adaptive_one_hot_loss
-from ofb.supernet.losses import Criterion, budget_loss
+from ofb.supernet.losses import Criterion, budget_loss, cross_entropy
 
 
 def by_definition(alpha: torch.Tensor) -> torch.Tensor:
@@ -107,6 +107,15 @@ def test_classification_takes_indices_and_probabilities():
     torch.testing.assert_close(Criterion(smoothing=0.1)(logits, indices), expected)
     one_hot = F.one_hot(indices, 5).float()
     torch.testing.assert_close(Criterion(smoothing=0.1)(logits, one_hot), F.cross_entropy(logits, indices))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_cross_entropy_is_that_of_torch(smoothing):
+    logits, targets = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 5, (7,))
+    losses = cross_entropy(logits, targets, smoothing), F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    torch.testing.assert_close(*losses, atol=1e-14, rtol=1e-14)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+    torch.testing.assert_close(*gradients, atol=1e-15, rtol=1e-14)
 
 
 def test_soft_distillation_is_the_scaled_divergence():

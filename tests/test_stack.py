@@ -55,19 +55,26 @@ def test_one_hot_loss_is_that_of_the_open_submodules():
 
 
 def test_padding_there_and_back():
-    flat = torch.arange(1.0, 12.0)
-    padding = Padding([(2, 3), (1, 5)])
-    padded = padding(flat, 0.0)
-    assert padded.tolist() == [[[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]], [[7, 8, 9, 10, 11], [0, 0, 0, 0, 0]]]
-    assert torch.equal(padding.take(padded), flat)
+    flat = torch.arange(1.0, 16.0)  # the last one fills
+    padding = Padding([[(2, 3), (1, 5)], [(1, 1), (1, 2)]], flat)
+    grids = padding(flat)
+    assert grids[0].tolist() == [[[1, 2, 3, 15, 15], [4, 5, 6, 15, 15]], [[7, 8, 9, 10, 11], [15, 15, 15, 15, 15]]]
+    assert grids[1].tolist() == [[[12, 15]], [[13, 14]]]
+    taken = padding.take(grids)
+    assert [len(each) for each in taken] == [6, 5, 1, 2] and torch.equal(torch.cat(taken), flat[:-1])
 
 
-def test_matrices_of_one_shape_are_not_copied():
-    flat = torch.arange(12.0)
-    padding = Padding([(2, 3), (2, 3)])
-    padded = padding(flat, 0.0)
-    assert torch.equal(padded, flat.view(2, 2, 3)) and torch.equal(padding.take(padded), flat)
-    assert padding.take(padded).data_ptr() == flat.data_ptr()
+def test_gradients_of_padding_there_and_back():
+    padding = Padding([[(2, 3), (1, 5)], [(1, 1), (1, 2)]], torch.zeros((), dtype=torch.float64))
+    entries, filling = torch.randn(14, dtype=torch.float64, requires_grad=True), torch.zeros(1, dtype=torch.float64)
+
+    def there(entries):
+        return tuple(padding(torch.cat([entries, filling])))
+
+    def there_and_back(entries):
+        return padding.take([grid.square() for grid in there(entries)])
+
+    assert torch.autograd.gradcheck(there, entries) and torch.autograd.gradcheck(there_and_back, entries)
 
 
 def test_attention_has_a_score_penalty_of_its_own():

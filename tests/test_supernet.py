@@ -277,7 +277,7 @@ def test_reconstruction_compares_each_patch_with_its_own_pixels(monkeypatch):
 
     embeddings = supernet.model.patch_embed(images)
     replaced = replace_patches(embeddings, area, patches, masked, mask_token)
-    tokens, _ = supernet._tokens_and_logits(replaced, supernet._all_masks())
+    tokens = supernet.family.features(supernet.model, replaced, *supernet._all_masks())
     decoded = supernet.masked_images.decoder(tokens[:, 1:])  # every patch, the 4 × 4 of them row by row
     picture = torch.nn.functional.pixel_shuffle(decoded.mT.unflatten(2, (4, 4)), 4)
     counts = torch.zeros(8, 16, dtype=torch.bool).scatter(1, patches, masked.expand(8, -1)).view(8, 4, 4)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ofb.supernet.search_space import Size
+from ofb_kernels.autocast import without_autocast
 
 Sizes = Mapping[str, Size]  # (heads, channels) of each submodule
 
@@ -90,12 +91,12 @@ class ExpectedCost(nn.Module):
         }
         for name, values in forms.items():
             self.register_buffer(name, torch.tensor(values, **like), persistent=False)
-        self.constant = float(cost.constant)
+        self.constant, self.counts_heads = float(cost.constant), any(forms["heads"])
 
     def forward(self, heads: Tensor, units: Tensor) -> Tensor:
-        # No matrix products: autocast would take them to 16 bits, which such figures overflow.
-        per_unit = self.linear + (self.products * units).sum(1)
-        return (heads * self.heads + units * per_unit).sum() + self.constant
+        with without_autocast(units):  # it would take products to 16 bits, which such figures overflow
+            costs = units * torch.addmv(self.linear, self.products, units)
+            return (costs + heads * self.heads if self.counts_heads else costs).sum() + self.constant
 
 
 def readable(amount: float) -> str:

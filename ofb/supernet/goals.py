@@ -41,7 +41,9 @@ class Goals(nn.Module):
     def forward(self, *sizes: Tensor) -> Tensor:
         """The loss (0-d) of expected sizes: heads (S,), units (S,), and what else the cost models take."""
         expected = self.expected(*sizes)
-        return budget_loss(torch.stack([expected[kind] for kind in self.kinds]), self.goals, self.dense)
+        expected = [expected[kind] for kind in self.kinds]
+        expected = torch.stack(expected) if len(expected) > 1 else expected[0][None]
+        return budget_loss(expected, self.goals, self.dense)
 
     def expected(self, *sizes: Tensor) -> dict[str, Tensor]:
         """Expected cost (0-d) of each kind, of those no target limits too."""

@@ -77,6 +77,21 @@ def budget_loss(expected: Tensor, goals: Tensor, dense: Tensor) -> Tensor:
     return excess.clamp(min=0).square().sum() + excess.max().clamp(max=0).square()
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy of logits (B, classes), 0-d: what `F.cross_entropy` gives, in half as many launches.
+
+    Args:
+        logits: (B, classes).
+        targets: class indices (B,), each of them a class; or probabilities (B, classes), which are used as they are.
+        smoothing: label smoothing ε of class indices, L = (1 − ε) · mean −log p_target + ε · mean −log p.
+    """
+    if targets.is_floating_point():
+        return F.cross_entropy(logits, targets)
+    log_p = logits.log_softmax(1)
+    loss = F.nll_loss(log_p, targets)
+    return torch.sub((1 - smoothing) * loss, log_p.mean(), alpha=smoothing) if smoothing else loss
+
+
 @dataclass(frozen=True)
 class Criterion:
     """What a network is trained towards: cross entropy, and where there is a teacher, agreement with it.
@@ -112,8 +127,7 @@ class Criterion:
             ValueError: there is distillation and no teacher.
         """
         logits = logits.float()
-        smoothing = 0.0 if targets.is_floating_point() else self.smoothing
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        loss = cross_entropy(logits, targets, self.smoothing)
         if self.distillation is None or (self.distillation == "auto" and teacher_logits is None):
             return loss
         if teacher_logits is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ofb_kernels import local_norm, masked_reconstruction_loss
+from ofb_kernels import local_norm, masked_linear, masked_reconstruction_loss
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MaskedImages(nn.Module):
             drawn, masked: of `hide`.
             positions: (N,), the area of each token, if they are not all areas in their order.
         """
-        decoded = self.decoder(tokens_of(tokens, drawn))
+        decoded = masked_linear(tokens_of(tokens, drawn), self.decoder.weight, self.decoder.bias, None)
         areas = drawn if positions is None else positions[drawn]
         return masked_reconstruction_loss(decoded, images, areas, masked, self.area.pixels)
 
@@ -106,7 +106,7 @@ def draw_areas(images: int, areas: int, ratio: Tensor, most: float) -> tuple[Ten
         most: the largest share there will be.
     """
     count = max(1, math.ceil(most * areas))
-    drawn = torch.rand(images, areas, device=ratio.device).argsort(1)[:, :count]
+    drawn = torch.rand(images, areas, device=ratio.device).topk(count).indices
     return drawn, torch.arange(count, device=ratio.device) < (ratio * areas).clamp(min=1)
 
 
@@ -119,5 +119,5 @@ def replace_patches(embeddings: Tensor, area: TokenArea, areas: Tensor, masked: 
     """Embeddings (B, patches, D) with the mask token (1, 1, D) in place of the patches of the masked areas."""
     replaced = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
     patches = area.patches_of(areas)
-    replaced = replaced.scatter(1, patches.flatten(1), masked[:, None].expand(patches.shape).flatten(1))
+    replaced.scatter_(1, patches.flatten(1), masked[:, None].expand(patches.shape).flatten(1))
     return torch.where(replaced[..., None], mask_token.to(embeddings.dtype), embeddings)

@@ -1,7 +1,8 @@
 """Stacks: what the bi-masks of all submodules compute in a step, together in a constant number of operator calls."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 
 from ofb.supernet.bimask import BiMask
 from ofb_kernels import bimask, candidate_statistics
+from ofb_kernels.autocast import without_autocast
 
 
 class Joined(NamedTuple):
-    """The parameters of several submodules, flat and one after the other.
+    """The parameters of several submodules, flat and one after the other, and behind them what fills up a stack.
 
     Attributes:
-        score: scores of all units.
-        alpha: logits of all candidates.
+        score: scores of all units, then −inf: no unit.
+        alpha: logits of all candidates, then 0, of a candidate that is dead.
     """
 
     score: Tensor
@@ -24,37 +26,26 @@ class Joined(NamedTuple):
 
 
 class Stack(nn.Module):
-    """The masks of S submodules, filled up to the largest one's size.
-
-    A unit that is none has a score of −inf, a candidate that is none is dead.
+    """Submodules whose masks are computed at once, filled up to the largest one's size.
 
     Args:
         bimasks: the submodules, by name.
+        alive: (S, A, B) bool, their candidates filled up with dead ones.
     """
 
-    def __init__(self, bimasks: Mapping[str, BiMask]) -> None:
+    def __init__(self, bimasks: Mapping[str, BiMask], alive: Tensor) -> None:
         super().__init__()
         self.names = tuple(bimasks)
         self.bimasks = tuple(bimasks.values())  # in a tuple: they are the supernet's children
-        self.units = Padding([each.candidates.full for each in self.bimasks])
-        self.candidates = Padding([tuple(each.alpha.shape) for each in self.bimasks])
-        self.to(self.bimasks[0].score.device)
-        alive = _flat(each.alive for each in self.bimasks)
-        self.register_buffer("alive", self.candidates(alive, False), persistent=False)
         head_counts = nn.utils.rnn.pad_sequence([each.head_counts for each in self.bimasks], batch_first=True)
         channel_counts = nn.utils.rnn.pad_sequence([each.channel_counts for each in self.bimasks], batch_first=True)
+        self.register_buffer("alive", alive, persistent=False)
         self.register_buffer("head_counts", head_counts, persistent=False)  # (S, A)
         self.register_buffer("channel_counts", channel_counts, persistent=False)  # (S, B)
 
-    def masks(self, lam: Tensor, joined: Joined) -> dict[str, Tensor]:
-        """m (H, d) of every submodule, from the parameters of all; a final one's is its learned scale."""
-        score, alpha = self.units(joined.score, -torch.inf), self.candidates(joined.alpha, 0.0)
-        mask = bimask(score, alpha, (self.head_counts, self.channel_counts), lam, self.alive)
-        parts = self.units.take(mask).split([each.candidates.units for each in self.bimasks])
-        return {
-            name: each.mask(lam) if each.final else part.view(each.candidates.full)
-            for name, each, part in zip(self.names, self.bimasks, parts, strict=True)
-        }
+    def forward(self, score: Tensor, alpha: Tensor, lam: Tensor) -> Tensor:
+        """m (S, H, d) from scores (S, H, d) and logits (S, A, B)."""
+        return bimask(score, alpha, (self.head_counts, self.channel_counts), lam, self.alive)
 
 
 class Stacks(nn.Module):
@@ -74,10 +65,17 @@ class Stacks(nn.Module):
         kinds = {"attention": {}, "others": {}}
         for name, each in bimasks.items():
             kinds["attention" if name.startswith("attn") else "others"][name] = each
-        self.stacks = nn.ModuleList(Stack(members) for members in kinds.values() if members)
+        kinds = {kind: members for kind, members in kinds.items() if members}
         self.bimasks = tuple(each for members in kinds.values() for each in members.values())
-        self.candidates = Padding([(1, each.alpha.numel()) for each in self.bimasks])
-        self.to(self.bimasks[0].score.device)
+        stacked = [list(members.values()) for members in kinds.values()]
+        like = self.bimasks[0].score
+        self.units = Padding([[each.candidates.full for each in members] for members in stacked], like)
+        self.candidates = Padding([[tuple(each.alpha.shape) for each in members] for members in stacked], like)
+        self.rows = Padding([[(1, each.alpha.numel()) for each in self.bimasks]], like)
+        self.register_buffer("no_unit", like.new_full((1,), -torch.inf), persistent=False)
+        self.register_buffer("no_candidate", like.new_zeros(1), persistent=False)
+        alive = _flat((each.alive for each in self.bimasks), torch.zeros_like(self.no_candidate, dtype=torch.bool))
+        self.stacks = nn.ModuleList(map(Stack, kinds.values(), self.candidates(alive)))
         heads = (each.head_counts[:, None].expand_as(each.alpha) for each in self.bimasks)
         units = (each.head_counts[:, None] * each.channel_counts for each in self.bimasks)
         penalties = (
@@ -85,10 +83,12 @@ class Stacks(nn.Module):
             for kind, members in kinds.items()
             for each in members.values()
         )
-        self.register_buffer("alive", self._rows(each.alive for each in self.bimasks), persistent=False)  # (S, K)
-        self.register_buffer("heads", self._rows(heads), persistent=False)  # (S, K)
-        self.register_buffer("units", self._rows(units), persistent=False)  # (S, K)
-        self.register_buffer("penalties", _flat(penalties), persistent=False)  # of the S of each unit
+        none = torch.zeros_like(self.no_candidate, dtype=torch.int64)
+        self.register_buffer("alive", self._rows(alive), persistent=False)  # (S, K)
+        self.register_buffer("heads", self._rows(_flat(heads, none)), persistent=False)  # (S, K)
+        self.register_buffer("sizes", self._rows(_flat(units, none)), persistent=False)  # (S, K)
+        # of the S of each unit, in the order of the joined scores
+        self.register_buffer("penalties", _flat(penalties, self.no_candidate), persistent=False)
 
     @property
     def names(self) -> list[str]:
@@ -98,19 +98,25 @@ class Stacks(nn.Module):
     def join(self) -> Joined:
         """All parameters as they are now, for several of the methods below: the gradients from all of them then meet
         in a few tensors, and not in each of the many parameters."""
-        return Joined(_flat(each.score for each in self.bimasks), _flat(each.alpha for each in self.bimasks))
+        score = _flat((each.score for each in self.bimasks), self.no_unit)
+        return Joined(score, _flat((each.alpha for each in self.bimasks), self.no_candidate))
 
     def masks(
         self, lam: Tensor, joined: Joined | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
-        """m (H, d) of every submodule, or at least of those named."""
-        joined, masks = joined or self.join(), {}
-        scores = joined.score.split([len(stack.units.places) for stack in self.stacks])
-        alphas = joined.alpha.split([len(stack.candidates.places) for stack in self.stacks])
-        for stack, score, alpha in zip(self.stacks, scores, alphas, strict=True):
-            if names is None or any(name in names for name in stack.names):
-                masks |= stack.masks(lam, Joined(score, alpha))
-        return masks
+        """m (H, d) of every submodule, or of those named; a final one's is its learned scale."""
+        joined, names = joined or self.join(), names or self.names
+        parameters = zip(self.stacks, self.units(joined.score), self.candidates(joined.alpha), strict=True)
+        masks = [
+            stack(score, alpha, lam) if any(name in names for name in stack.names) else score  # no part is looked at
+            for stack, score, alpha in parameters
+        ]
+        parts = zip(self.names, self.bimasks, self.units.take(masks), strict=True)
+        return {
+            name: each.mask(lam) if each.final else part.view(each.candidates.full)
+            for name, each, part in parts
+            if name in names
+        }
 
     def statistics(self, joined: Joined | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the losses ask of the submodules.
@@ -120,43 +126,93 @@ class Stacks(nn.Module):
             Expected sizes: Σ p · size in heads (S,) and in units (S,) of every submodule.
         """
         joined = joined or self.join()
-        alpha = self.candidates(joined.alpha, 0.0).squeeze(1)
-        one_hot, heads, units = candidate_statistics(alpha, self.alive, self.heads, self.units)
-        return one_hot.sum() + (self.penalties * joined.score.sigmoid()).sum(), heads, units
+        one_hot, heads, units = candidate_statistics(self._rows(joined.alpha), self.alive, self.heads, self.sizes)
+        importance = joined.score.sigmoid()
+        with without_autocast(importance):
+            one_hot = torch.addmv(one_hot.sum(0, keepdim=True), self.penalties[None], importance).squeeze(0)
+        return one_hot, heads, units
 
-    def _rows(self, matrices: Iterable[Tensor]) -> Tensor:
-        """(S, K) of a matrix (A, B) of each submodule, filled up with 0."""
-        return self.candidates(_flat(matrices), 0).squeeze(1)
+    def _rows(self, candidates: Tensor) -> Tensor:
+        """(S, K) of what the candidates of all submodules have, flat as `Joined` has it."""
+        (rows,) = self.rows(candidates)
+        return rows.squeeze(1)
 
 
 class Padding(nn.Module):
-    """Lays matrices of several shapes, flat and one after the other, into one (S, rows, columns), and takes them out.
+    """Lays matrices, flat and one after the other, into grids (S, rows, columns), and takes them out.
 
     Args:
-        shapes: (rows, columns) of each matrix.
+        shapes: (rows, columns) of each matrix, grid by grid.
+        like: of the matrices' dtype and device.
     """
 
-    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+    def __init__(self, shapes: Sequence[Sequence[tuple[int, int]]], like: Tensor) -> None:
         super().__init__()
-        self.shape = (len(shapes), max(rows for rows, _ in shapes), max(columns for _, columns in shapes))
-        self.full = len(set(shapes)) == 1  # nothing to fill up, and nothing to copy
-        inside = torch.zeros(self.shape, dtype=torch.bool)
-        for matrix, (rows, columns) in zip(inside, shapes, strict=True):
-            matrix[:rows, :columns] = True
-        self.register_buffer("places", inside.flatten().nonzero().flatten(), persistent=False)
+        inside = list(map(_inside, shapes))
+        self.grids = [tuple(grid.shape) for grid in inside]
+        self.lengths = [rows * columns for grid in shapes for rows, columns in grid]
+        inside = torch.cat([grid.flatten() for grid in inside])
+        index = torch.full(inside.shape, sum(self.lengths))
+        index[inside] = torch.arange(sum(self.lengths))
+        places = inside.nonzero().flatten().to(like.device)
+        self.register_buffer("index", index.to(like.device), persistent=False)  # of each place, in the flat entries
+        self.register_buffer("places", places, persistent=False)  # of each entry but the filling
+        # of the filling too, which has no gradient that anyone asks for
+        self.register_buffer("places_and_filling", torch.cat([places, places[:1]]), persistent=False)
+        self.register_buffer("zero", like.detach().new_zeros(1), persistent=False)
 
-    def forward(self, flat: Tensor, fill: float | bool) -> Tensor:
-        """(S, rows, columns), with `fill` where a matrix has no entry."""
-        if self.full:
-            return flat.view(self.shape)
-        padded = flat.new_full((math.prod(self.shape),), fill)
-        return padded.index_copy_(0, self.places, flat).view(self.shape)
+    def forward(self, flat: Tensor) -> list[Tensor]:
+        """The grids. The last of the flat entries, behind all matrices, fills the places that no matrix has."""
+        padded = _Laid.apply(flat, self.index, self.places_and_filling)
+        parts = padded.split(list(map(math.prod, self.grids))) if len(self.grids) > 1 else [padded]
+        return [part.view(grid) for part, grid in zip(parts, self.grids, strict=True)]
 
-    def take(self, padded: Tensor) -> Tensor:
-        """The entries of all matrices, flat and one after the other."""
-        return padded.flatten() if self.full else padded.flatten().index_select(0, self.places)
+    def take(self, grids: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The entries of each matrix, flat."""
+        padded = torch.cat([grid.flatten() for grid in grids])
+        return _Taken.apply(padded, self.index, self.places, self.zero, self.lengths)
 
 
-def _flat(matrices: Iterable[Tensor]) -> Tensor:
-    """The entries of all matrices, one after the other."""
-    return torch.cat([matrix.flatten() for matrix in matrices])
+class _Laid(torch.autograd.Function):
+    """Padding's way there: each entry stands in one place, so that its gradient is found there and not summed."""
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return flat.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Taken(torch.autograd.Function):
+    """Padding's way back."""
+
+    @staticmethod
+    def forward(
+        ctx, padded: Tensor, index: Tensor, places: Tensor, zero: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(index, zero)
+        ctx.set_materialize_grads(False)
+        ctx.lengths = lengths
+        return padded.index_select(0, places).split(lengths)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+        index, zero = ctx.saved_tensors
+        grads = (zero.expand(n) if grad is None else grad for n, grad in zip(ctx.lengths, grads, strict=True))
+        return _flat(grads, zero).index_select(0, index), None, None, None, None
+
+
+def _inside(shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """(S, rows, columns) bool, large enough for matrices of these shapes: whether they have an entry there."""
+    inside = torch.zeros(len(shapes), max(rows for rows, _ in shapes), max(columns for _, columns in shapes))
+    for matrix, (rows, columns) in zip(inside, shapes, strict=True):
+        matrix[:rows, :columns] = 1
+    return inside.bool()
+
+
+def _flat(matrices: Iterable[Tensor], filling: Tensor) -> Tensor:
+    """The entries of all matrices, one after the other, and the filling (1,) behind them."""
+    return torch.cat([each.flatten() for each in chain(matrices, [filling])])

@@ -220,7 +220,7 @@ class Supernet(nn.Module):
         """Logits (B, classes) of the masked network, no patch replaced."""
         with self._backend(), self._casts_at_once():
             patches = self.family.patch_embeddings(self.model, images)
-            return self._tokens_and_logits(patches, self._all_masks())[1]
+            return self._logits(patches, self._all_masks())
 
     def loss(self, images: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Losses:
         """All losses of a search step from one forward pass.
@@ -244,7 +244,8 @@ class Supernet(nn.Module):
             macs = self.goals(*sizes)
         classification = self.criterion(logits, targets, teacher_logits)
         balance = (classification / rebuilt.clamp(min=1e-6)).detach()
-        total = classification + self.one_hot_factor * one_hot + self.macs_weight * macs + balance * rebuilt
+        total = torch.addcmul(classification, self.one_hot_factor, one_hot)
+        total = torch.addcmul(total.add(macs, alpha=self.macs_weight), balance, rebuilt)
         return Losses(total, classification.detach(), one_hot.detach(), macs.detach(), rebuilt.detach())
 
     # ---- the course of the search ----
@@ -419,7 +420,7 @@ class Supernet(nn.Module):
     def _logits_and_reconstruction(self, images: Tensor, all_masks: AllMasks) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) with the present share of patches masked, and the loss of rebuilding these, 0-d."""
         if self.masked_images is None:
-            _, logits = self._tokens_and_logits(self.family.patch_embeddings(self.model, images), all_masks)
+            logits = self._logits(self.family.patch_embeddings(self.model, images), all_masks)
             return logits, logits.new_zeros((), dtype=torch.float32)
         tokens, logits, *places = self._hidden_tokens(images, all_masks)
         return logits, self.masked_images.loss(tokens, images, *places)
@@ -433,13 +434,13 @@ class Supernet(nn.Module):
         kept = kept_patches(self.model)
         positions = None if kept is None else kept.positions
         hidden, drawn, masked = self.masked_images.hide(embeddings, self.mask_ratio, positions)
-        tokens, logits = self._tokens_and_logits(hidden, all_masks)
-        return self.family.patch_tokens(self.model, tokens), logits, drawn, masked, positions
+        tokens = self.family.features(self.model, hidden, *all_masks)
+        pooled, patches = self.family.split_tokens(self.model, tokens)
+        return patches, self.family.logits(self.model, pooled, *all_masks), drawn, masked, positions
 
-    def _tokens_and_logits(self, patches: Tensor, all_masks: AllMasks) -> tuple[Tensor, Tensor]:
-        """Tokens after the final norm (B, N, D) and logits (B, classes), from patch embeddings (B, patches, D)."""
-        tokens = self.family.features(self.model, patches, *all_masks)
-        return tokens, self.family.logits(self.model, tokens, *all_masks)
+    def _logits(self, patches: Tensor, all_masks: AllMasks) -> Tensor:
+        """(B, classes) from patch embeddings (B, patches, D)."""
+        return self.family.logits(self.model, self.family.features(self.model, patches, *all_masks), *all_masks)
 
     def _all_masks(self, joined: Joined | None = None) -> AllMasks:
         """What the family multiplies in: masks, residual masks and norm masks."""
@@ -459,8 +460,7 @@ class Supernet(nn.Module):
         """V, flat, of the open submodules that a norm weighs: widths, and those with a norm inside their block."""
         widths = self.macs.widths if self.residual_mask == "stream" else ()
         sparsity = {name: self.bimasks[name].sparsity() for name in widths}
-        inside = self.stacks.masks(torch.zeros_like(self.lam), joined, self.normed) if self.normed else {}
-        sparsity |= {name: v for name, v in inside.items() if name in self.normed}
+        sparsity |= self.stacks.masks(torch.zeros_like(self.lam), joined, self.normed) if self.normed else {}
         return {name: v.flatten() for name, v in sparsity.items() if not self.bimasks[name].final}
 
     def _statistics(self, joined: Joined | None = None) -> tuple[Tensor, list[Tensor]]:

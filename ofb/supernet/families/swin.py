@@ -52,7 +52,7 @@ __all__ = [
     "logits",
     "macs",
     "patch_embeddings",
-    "patch_tokens",
+    "split_tokens",
     "submodules",
     "sync_sizes",
     "token_area",
@@ -170,9 +170,9 @@ def logits(model: SwinTransformer, tokens: Tensor, *masks: Mapping[str, Tensor])
     return model.forward_head(tokens.unflatten(1, model.layers[-1].output_resolution))
 
 
-def patch_tokens(model: SwinTransformer, tokens: Tensor) -> Tensor:
-    """(B, areas, D): all of them."""
-    return tokens
+def split_tokens(model: SwinTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Those that `logits` looks at, and those of the areas (B, areas, D): all of them, twice."""
+    return tokens, tokens
 
 
 @torch.no_grad()

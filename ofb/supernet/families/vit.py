@@ -22,6 +22,7 @@ from ofb.supernet.families.layers import (
     adds_bias,
     copies,
     drop_path_scales,
+    linear,
     masked_norm,
     patch_embeddings,
     present,
@@ -45,7 +46,7 @@ __all__ = [
     "logits",
     "macs",
     "patch_embeddings",
-    "patch_tokens",
+    "split_tokens",
     "submodules",
     "sync_sizes",
     "token_area",
@@ -172,12 +173,15 @@ def logits(
     else:
         pool, mask, x = pools.pool_of(model), masks["pool"].flatten(), pools.pooled_tokens(model, x)
         pooled = pools.masked_forward(pool, x, mask, residual_masks.get("embed"), norm_mask)
-    return model.head(model.head_drop(masked_norm(model.fc_norm, pooled, norm_mask)))
+    return linear(model.head, model.head_drop(masked_norm(model.fc_norm, pooled, norm_mask)))
 
 
-def patch_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
-    """(B, patches, D): the tokens without class, distillation and register tokens."""
-    return x[:, model.num_prefix_tokens :]
+def split_tokens(model: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens after the final norm (B, N, D) those that `logits` looks at, and the patches' (B, patches, D)."""
+    sizes = model.num_prefix_tokens, x.shape[1] - model.num_prefix_tokens
+    if isinstance(model, VisionTransformerDistilled) or (model.attn_pool is None and model.global_pool == "token"):
+        return x.split(sizes, 1)  # nothing is in both: their gradients are laid side by side and not added
+    return x, x[:, model.num_prefix_tokens :]
 
 
 @torch.no_grad()
