@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.common import accumulator_dtype, on_device_of
+from ofb_kernels.kernels.common import accumulator_dtype, cdiv, on_device_of
 from ofb_kernels.reference import HEAD_IMPORTANCE_UNIT
 
 FORWARD_CONFIGURATION = dict(BLOCK_UNITS=32, BLOCK_OTHERS=256, BLOCK_HEADS=16, num_warps=8)
@@ -30,7 +30,7 @@ def forward(
     head_rank = score.new_empty(submodules, heads, dtype=torch.int32)
     channel_rank = torch.empty_like(score, dtype=torch.int32)
     with on_device_of(score):
-        _forward_kernel[(submodules * heads * triton.cdiv(channels, FORWARD_CONFIGURATION["BLOCK_UNITS"]),)](
+        _forward_kernel[(submodules * heads * cdiv(channels, FORWARD_CONFIGURATION["BLOCK_UNITS"]),)](
             score, alpha, head_counts, channel_counts, lam, alive, mask, head_rank, channel_rank,
             heads, channels, *candidates,
             BLOCK_CANDIDATES=triton.next_power_of_2(candidates.numel()), IMPORTANCE_UNIT=HEAD_IMPORTANCE_UNIT,

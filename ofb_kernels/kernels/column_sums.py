@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
+    cdiv,
     hidden_multiple,
     known_multiple,
     on_device_of,
@@ -35,15 +36,15 @@ def column_sums(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         while len(matrix) > FEW_ROWS:
             steps = max(1, triton.next_power_of_2(math.isqrt(len(matrix))) // CHUNKS["BLOCK_M"])
             matrix = _launch(matrix, wide, steps, CHUNKS)
-        return _launch(matrix, dtype, triton.cdiv(len(matrix), FEW["BLOCK_M"]), FEW)[0]
+        return _launch(matrix, dtype, cdiv(len(matrix), FEW["BLOCK_M"]), FEW)[0]
 
 
 def _launch(matrix: Tensor, dtype: torch.dtype, steps: int, tile: dict) -> Tensor:
     """(chunks, N): the sums of each chunk of BLOCK_M · steps rows."""
     rows, columns = matrix.shape
-    chunks = triton.cdiv(rows, tile["BLOCK_M"] * steps)
+    chunks = cdiv(rows, tile["BLOCK_M"] * steps)
     sums = matrix.new_empty((chunks, columns), dtype=dtype)
-    _column_sums_kernel[(triton.cdiv(columns, tile["BLOCK_N"]), chunks)](
+    _column_sums_kernel[(cdiv(columns, tile["BLOCK_N"]), chunks)](
         matrix, sums, rows, columns, matrix.stride(0), steps,
         MULTIPLE=hidden_multiple(columns, matrix.stride(0)), ACCUMULATOR=accumulator_dtype(matrix), **tile,
     )  # fmt: skip

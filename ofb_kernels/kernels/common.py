@@ -14,6 +14,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. triton.cdiv, made to run in kernels too, takes the host 2 µs."""
+    return -(-a // b)
+
+
 def unit_rows(matrix: Tensor) -> Tensor:
     """The matrix with neighbours of a row side by side in memory; a copy only where they are not."""
     return matrix if matrix.stride(1) == 1 or matrix.numel() == 0 else matrix.contiguous()

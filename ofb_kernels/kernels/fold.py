@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ofb_kernels.casts import cast_at_once
 from ofb_kernels.kernels.column_sums import FEW_ROWS, column_sums
-from ofb_kernels.kernels.common import accumulator_dtype, hidden_multiple, known_multiple, on_device_of
+from ofb_kernels.kernels.common import accumulator_dtype, cdiv, hidden_multiple, known_multiple, on_device_of
 from ofb_kernels.rows import few_rows
 
 BLOCKS = dict(BLOCK_N=4, BLOCK_K=256, num_warps=4)
@@ -30,7 +30,7 @@ def fold(weight: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.
     folded_bias = None if bias is None else bias.new_empty(columns, dtype=dtype)
     weight, bias, mask = (None if each is None else each.contiguous() for each in (weight, bias, mask))
     if columns > 0:
-        grid = triton.cdiv(columns, BLOCKS["BLOCK_N"]), max(1, triton.cdiv(inner, BLOCKS["BLOCK_K"]))
+        grid = cdiv(columns, BLOCKS["BLOCK_N"]), max(1, cdiv(inner, BLOCKS["BLOCK_K"]))
         with on_device_of(weight):
             _fold_kernel[grid](
                 weight, bias, mask, folded_weight, folded_bias, columns, inner,
@@ -89,7 +89,7 @@ def unfold(
     if mask.numel() > 0:
         columns, inner = weight.shape
         with on_device_of(weight):
-            _unfold_kernel[(triton.cdiv(columns, BLOCKS["BLOCK_N"]),)](
+            _unfold_kernel[(cdiv(columns, BLOCKS["BLOCK_N"]),)](
                 grad_folded, sums, weight, bias, mask,
                 grad_weight, grad_bias, grad_mask, columns, inner, len(sums),
                 MULTIPLE=hidden_multiple(inner), ACCUMULATOR=accumulator_dtype(weight), **BLOCKS,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.common import accumulator_dtype, on_device_of
+from ofb_kernels.kernels.common import accumulator_dtype, cdiv, on_device_of
 from ofb_kernels.kernels.tuning import run_configured
 
 # Each of STRIPS warps slides down STRIP rows; the default first.
@@ -34,8 +34,8 @@ def forward(images: Tensor, window: int, eps: float) -> Tensor:
 
     def launch(configuration: dict) -> None:
         configuration = _fitted(configuration, height, width, half_h, groups)
-        tiles_h = triton.cdiv(height, configuration["STRIP"] * configuration["STRIPS"])
-        tiles_w = triton.cdiv(width, GROUP * groups - 2 * halo)
+        tiles_h = cdiv(height, configuration["STRIP"] * configuration["STRIPS"])
+        tiles_w = cdiv(width, GROUP * groups - 2 * halo)
         _normalize_kernel[(tiles_h * tiles_w, planes)](
             images, out, height, width,
             HALF_H=half_h, HALF_W=half_w, HALO=halo, EPS=eps, ACCUMULATOR=accumulator_dtype(images), GROUPS=groups,
@@ -53,8 +53,8 @@ def _row_tile(width: int, half: int) -> tuple[int, int]:
 
     A tile that holds whole rows has none: its windows go on at its other end, which is padded by as many zeros.
     """
-    halo = triton.cdiv(half, GROUP) * GROUP
-    whole = max(LANES, triton.next_power_of_2(triton.cdiv(width + halo, GROUP)))
+    halo = cdiv(half, GROUP) * GROUP
+    whole = max(LANES, triton.next_power_of_2(cdiv(width + halo, GROUP)))
     part = max(LANES, triton.next_power_of_2(halo))
     return (whole, 0) if whole <= part else (part, halo)
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ofb_kernels.kernels.column_sums import column_sums
-from ofb_kernels.kernels.common import accumulator_dtype, hidden_multiple, known_multiple, on_device_of
+from ofb_kernels.kernels.common import accumulator_dtype, cdiv, hidden_multiple, known_multiple, on_device_of
 from ofb_kernels.kernels.tuning import run_configured
 
 # For each padded width, the default first. Widths up to 512 were measured on an H200: a row in one or two warps, which
@@ -118,7 +118,7 @@ def forward(
     block_n = _padded_width(columns)
 
     def launch(configuration: dict) -> None:
-        chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+        chunks = cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
         _forward_kernel[(chunks,)](
             x, weight, bias, mask, *_arguments(branch), out, stream, mean, rstd,
             rows, columns, branch.rows_per_sample, x.stride(0), x.stride(1), *_strides(branch.values),
@@ -155,7 +155,7 @@ def backward(
     block_n = _padded_width(columns)
 
     def launch(configuration: dict) -> Tensor:
-        chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+        chunks = cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
         partial = mean.new_empty(chunks, vectors, columns)
         _backward_kernel[(chunks,)](
             grad_out, grad_stream, x, weight, bias, mask, *_arguments(branch),

@@ -18,6 +18,7 @@ from ofb_kernels.kernels.common import (
     accumulator_dtype,
     activate,
     activation_slope,
+    cdiv,
     dot_precision,
     hidden_multiple,
     known_multiple,
@@ -101,7 +102,7 @@ def _with_activation(
 
     def launch(configuration: dict) -> None:
         block_m, block_n, block_k = (configuration[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+        tiles = cdiv(rows, block_m) * cdiv(columns, block_n)
         if is_persistent(configuration):
             written = block_m, block_n // configuration["HALVES"]
             _persistent_forward_kernel[programs(configuration, tiles, x)](
@@ -141,9 +142,9 @@ def backward(grad_out: Tensor, slope: Tensor, activation: str | None) -> tuple[T
     multiple = hidden_multiple(columns, grad_out.stride(0))
 
     def launch(configuration: dict) -> Tensor:
-        chunks = triton.cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
+        chunks = cdiv(rows, configuration["BLOCK_M"] * configuration["STEPS"])
         partial = slope.new_empty((chunks, columns), dtype=partial_dtype)
-        _backward_kernel[(chunks * triton.cdiv(columns, configuration["BLOCK_N"]),)](
+        _backward_kernel[(chunks * cdiv(columns, configuration["BLOCK_N"]),)](
             grad_out, slope, grad, partial, rows, columns, grad_out.stride(0),
             MULTIPLE=multiple, ACCUMULATOR=accumulator_dtype(slope), **configuration,
         )  # fmt: skip

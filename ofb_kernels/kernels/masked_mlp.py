@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
+    cdiv,
     dot_precision,
     hidden_multiple,
     known_multiple,
@@ -77,8 +78,8 @@ def backward(
 
     def launch(configuration: dict) -> Tensor:
         block_m, block_n, block_k = (configuration[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        tiles_m = triton.cdiv(rows, block_m)
-        tiles = tiles_m * triton.cdiv(columns, block_n)
+        tiles_m = cdiv(rows, block_m)
+        tiles = tiles_m * cdiv(columns, block_n)
         partial = slope.new_empty((tiles_m, columns), dtype=partial_dtype)
         if is_persistent(configuration):
             part = block_m, block_n // configuration["HALVES"]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ofb_kernels.kernels.common import on_device_of
+from ofb_kernels.kernels.common import cdiv, on_device_of
 from ofb_kernels.kernels.local_norm import window_size
 from ofb_kernels.kernels.tuning import run_configured
 
@@ -42,14 +42,14 @@ def forward(
     batch, channels, height, width = images.shape
     half_h, half_w = min(window // 2, height - 1), min(window // 2, width - 1)
     rows, columns = _tile_side(pixels[0], half_h, MOST_ROWS), _tile_side(pixels[1], half_w, MOST_COLUMNS)
-    tiles = triton.cdiv(pixels[0], rows) * triton.cdiv(pixels[1], columns)
+    tiles = cdiv(pixels[0], rows) * cdiv(pixels[1], columns)
     wide = torch.promote_types(torch.promote_types(decoded.dtype, images.dtype), torch.float32)
     accumulator = tl.float64 if wide == torch.float64 else tl.float32
     sign = decoded.new_empty(decoded.shape if keep else 0, dtype=torch.int8)
     loss, share = (decoded.new_empty((), dtype=wide) for _ in range(2))
 
     def launch(configuration: dict) -> None:
-        groups = triton.cdiv(areas.shape[1], configuration["SPAN"] // (4 * columns))
+        groups = cdiv(areas.shape[1], configuration["SPAN"] // (4 * columns))
         error_sums = decoded.new_empty(batch * channels * tiles * groups, dtype=wide)
         _forward_kernel[(len(error_sums),)](
             decoded, images, areas, masked, sign if keep else None, error_sums, areas.shape[1], channels, height,
@@ -71,7 +71,7 @@ def backward(grad_loss: Tensor, sign: Tensor, share: Tensor, dtype: torch.dtype)
     """The gradient of decoded in its dtype, sign · share · grad_loss."""
     grad = torch.empty_like(sign, dtype=dtype)
     with on_device_of(sign):
-        _backward_kernel[(triton.cdiv(sign.numel(), BACKWARD_BLOCK),)](
+        _backward_kernel[(cdiv(sign.numel(), BACKWARD_BLOCK),)](
             grad_loss, share, sign, grad, sign.numel(), BLOCK=BACKWARD_BLOCK, num_warps=4
         )
     return grad
