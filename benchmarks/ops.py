@@ -2,18 +2,19 @@
 
     python -m benchmarks.ops --device cpu --quick
     python -m benchmarks.ops --device cuda [--quick]
+    python -m benchmarks.ops --device cpu --quick --op masked_linear --model row --batch-size 1 --no-compile
 
 Shapes are those of DeiT-S and DeiT-B, whole, pruned to half, and pruned to multiples of 8 that are not of 16; data is
 random, variants run interleaved in one process, on a GPU as CUDA graphs too. "folded" is the op's eager backend, the
 best form in plain PyTorch; "triton" takes the default configuration of each kernel, "triton, …" another one for one of
-them.
+them. On a CPU masked_linear runs without its mask too; "row" is a single row of 4096 features.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -50,6 +51,8 @@ ON_SDPA = ("masked_attention", "masked_qkv_attention")
 SHARES_KERNELS_OF = {"masked_qkv_attention": "masked_attention"}
 ALL_LATENCY = ("bimask", "candidate_statistics")  # always in float32, on a few thousand numbers
 PASSES = ("forward", "both")
+ROW = {"width": 4096, "heads": 64, "head_dim": 64, "hidden": 4096, "depth": 1, "tokens": 1}  # of no image
+SHAPES = MODELS | {"row": ROW}
 OF_IMAGES = ("local_norm", "masked_reconstruction_loss")  # ops on pixels, which are never pruned
 Form = Callable[[], object]
 
@@ -78,10 +81,10 @@ def main() -> None:
     rates = ceilings(device)
     path = (arguments.output or results_folder(device)) / "ops.csv"
     for size, model, batch in product(arguments.size, arguments.model, arguments.batch_size):
-        sizes = Sizes(batch, **MODELS[model]).named(size)
+        sizes = Sizes(batch, **SHAPES[model]).named(size)
         for case in cases(sizes, device):
             unasked = arguments.op and case.op not in arguments.op
-            if unasked or (case.op in OF_IMAGES and size != "full"):
+            if unasked or (case.op in OF_IMAGES and (size != "full" or not sizes.side)):
                 continue
             about = {"benchmark": "op", "subject": f"{case.op} {model}", "batch_size": batch, "size": size}
             about |= {"shape": "x".join(map(str, sizes_of(case.inputs)))} | ceiling_columns(rates)
@@ -104,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="DeiT-S at one batch size only")
     parser.add_argument("--op", nargs="+", help="these ops only")
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), help="default: deit_small, deit_base")
+    parser.add_argument("--model", nargs="+", choices=list(SHAPES), help="default: deit_small, deit_base")
     parser.add_argument("--batch-size", nargs="+", type=int, help="default: 2 on a CPU, 64, 256 and 1024 on CUDA")
     parser.add_argument("--size", nargs="+", choices=["full", "half", "pruned"], help="default: all, with --quick full")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each variant")
@@ -208,6 +211,8 @@ def forms_of(
     if case.op in ON_SDPA and device == "cuda":
         forms |= {name: on_sdpa(case, sdpa) for name, sdpa in SDPA_BACKENDS.items()}
     forms["reference"] = reference
+    if case.op == "masked_linear" and device == "cpu" and which == "forward":
+        forms["without mask"] = partial(replace(case, inputs=case.inputs | {"mask": None}).run, "eager")
     if compiled:
         rivals = {"folded": folded, "reference": reference}
         forms |= {f"{name} + compile": torch.compile(form, dynamic=False) for name, form in rivals.items()}

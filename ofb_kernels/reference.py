@@ -75,7 +75,9 @@ def one_hot_losses(alpha: Tensor, alive: Tensor) -> Tensor:
     n = alive.sum(1, dtype=p.dtype)
     entropy = -(p * log_p).sum(1)
     sigma = one_hotness(p, alive).clamp(SIGMA_MARGIN, 1 - SIGMA_MARGIN)
-    losses = entropy + 1 / n * torch.tan(math.pi / 2 - math.pi * sigma)
+    # tan(π/2 − πσ) = 1 / tan(πσ) = 1 / tan(π(σ − 1)): the angle from the nearer pole keeps its digits beside it.
+    from_pole = sigma - sigma.detach().round()
+    losses = entropy + 1 / (n * torch.tan(math.pi * from_pole))
     return torch.where(n > 1, losses, torch.zeros_like(losses))
 
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import ofb_kernels
 from benchmarks import floors, page, scaling
@@ -24,7 +25,7 @@ from benchmarks.measure import (
     that_run,
     write_csv,
 )
-from benchmarks.ops import PASSES, cases, forms_of, pass_of
+from benchmarks.ops import PASSES, SHAPES, cases, forms_of, pass_of
 from benchmarks.step import VARIANTS, halve, make_network, make_step, make_steps, shrink, timm_model
 from ofb import Supernet
 from ofb.supernet.families import count_macs
@@ -121,9 +122,18 @@ def test_every_op_has_a_case_and_every_case_runs(monkeypatch):
         for which in PASSES if case.leaves() else PASSES[:1]:
             forms, choices = forms_of(case, which, "cpu", compiled=True)
             others = {"reference", "folded", "reference + compile", "folded + compile"}
+            others |= {"without mask"} if (case.op, which) == ("masked_linear", "forward") else set()
             assert forms.keys() == others | choices.keys() and "triton" in choices
             for form in forms.values():
                 pass_of(form, case, which)()
+
+
+def test_a_row_is_timed_beside_the_same_layer_without_its_mask():
+    case = next(case for case in cases(Sizes(1, **SHAPES["row"]), "cpu") if case.op == "masked_linear")
+    x, weight, bias = (case.inputs[name] for name in ("x", "weight", "bias"))
+    assert (x.shape, weight.shape) == ((1, 1, 4096), (4096, 4096))
+    forms, _ = forms_of(case, "forward", "cpu", compiled=False, without=["triton"])
+    torch.testing.assert_close(forms["without mask"](), F.gelu(F.linear(x, weight, bias)))
 
 
 def test_the_page_shows_graphs_and_the_best_configuration():

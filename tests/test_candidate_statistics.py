@@ -1,5 +1,7 @@
 """candidate_statistics: every backend against the float64 reference and by hand, clamps, compilation, bad input."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from torch.autograd import gradcheck
 
 from ofb.supernet import adaptive_one_hot_loss
 from ofb_kernels.ops.candidate_statistics import candidate_statistics
+from ofb_kernels.reference import SIGMA_MARGIN
 from ofb_kernels.testing import check_op
 from tests.common import BACKENDS, dtypes_of
 
@@ -105,6 +108,21 @@ def test_clamps_are_those_of_the_reference(dtype, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_keeps_its_digits_at_the_poles(backend, device):
+    """By hand, as cot(πσ) = −cot(π(1 − σ)): uniform rows end at the margin from 0, one-hot ones at that from 1."""
+    if backend == "triton" and device == "cuda":
+        pytest.skip("the kernels take no float64 on a GPU")
+    n, from_one = 5, 1 - (1 - SIGMA_MARGIN)
+    expected = [math.log(n) + 1 / (n * math.tan(math.pi * SIGMA_MARGIN)), -1 / (n * math.tan(math.pi * from_one))]
+    alpha = torch.tensor([[0.0] * n, [60.0] + [0.0] * (n - 1)], dtype=torch.float64, device=device)
+    alive, sizes = torch.ones_like(alpha).bool(), torch.ones_like(alpha).long()
+    losses = candidate_statistics(alpha, alive, sizes, sizes, backend=backend)[0]
+    roundings = 8  # of π, of the angle, of its tangent, of the product with n and of its inverse, of either side
+    tolerance = roundings * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(losses, losses.new_tensor(expected), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_alive_candidate_and_dead_ones_get_no_gradient(backend, device):
     alpha, options = extremes(torch.float32, device)
     one_hot = candidate_statistics(alpha, **options, backend=backend)[0]
@@ -118,6 +136,7 @@ def test_one_alive_candidate_and_dead_ones_get_no_gradient(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_not_finite_shows_in_its_row_alone(backend, value, device):
     alpha, options = torch.randn(3, 6, device=device), make_options(3, 6, device)
+    options["alive"][1, 0] = False
     expected = candidate_statistics(alpha, **options, backend=backend)
     alpha[1, -1] = value
     results = candidate_statistics(alpha.requires_grad_(), **options, backend=backend)
@@ -125,6 +144,7 @@ def test_what_is_not_finite_shows_in_its_row_alone(backend, value, device):
     for got, before in zip(results, expected, strict=True):
         assert got[1].isnan() and torch.equal(got[::2], before[::2])
     assert gradient[1].isnan().any() and gradient[::2].isfinite().all()
+    assert (gradient[~options["alive"]] == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

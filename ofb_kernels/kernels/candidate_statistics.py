@@ -79,7 +79,7 @@ def _backward_kernel(
         grad_p += tl.load(grad_heads_ptr + row * stride_heads) * heads
     if grad_units_ptr is not None:
         grad_p += tl.load(grad_units_ptr + row * stride_units) * units
-    grad_alpha = p * (grad_p - tl.sum(p * grad_p, 0))
+    grad_alpha = tl.where(p == 0.0, 0.0, p * (grad_p - tl.sum(p * grad_p, 0)))  # a dead one's stays 0 beside a NaN
     offsets = tl.arange(0, BLOCK)
     tl.store(grad_alpha_ptr + row * candidates + offsets, grad_alpha, mask=offsets < candidates)
 

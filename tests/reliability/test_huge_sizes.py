@@ -37,12 +37,24 @@ def counts(submodules: int, *numbers: int) -> tuple[Tensor, ...]:
     return tuple(torch.ones(submodules, number, dtype=torch.int64, device="meta") for number in numbers)
 
 
+def statistics_losses(alpha: Tensor, backend: str) -> Tensor:
+    alive, sizes = (torch.ones_like(alpha, dtype=dtype) for dtype in (torch.bool, torch.int64))
+    return ofb_kernels.candidate_statistics(alpha, alive, sizes, sizes, backend=backend)[0]
+
+
+def reconstruction_loss(decoded: Tensor, backend: str) -> Tensor:
+    """Of images of 8192 × 8192 pixels."""
+    images, areas = meta(len(decoded), 3, 8192, 8192), torch.ones_like(decoded[..., 0], dtype=torch.int64)
+    return ofb_kernels.masked_reconstruction_loss(decoded, images, areas, areas[0].bool(), (16, 16), backend=backend)
+
+
 HUGE = {
     "bimask": (
         lambda **arguments: ofb_kernels.bimask(**arguments, counts=counts(65536, 8, 16), lam=0.5),
         lambda: {"score": meta(65536, 256, 4096), "alpha": meta(65536, 8, 16)},
         (65536, 256, 4096),
     ),
+    "candidate_statistics": (statistics_losses, lambda: {"alpha": meta(2**28, 4096)}, (2**28,)),
     "masked_linear": (
         ofb_kernels.masked_linear,
         lambda: {"x": meta(4096, 4096, 16384), "weight": meta(65536, 16384), "bias": None, "mask": meta(65536)},
@@ -84,7 +96,9 @@ HUGE = {
         (4096, 16384, 4096),
     ),
     "local_norm": (ofb_kernels.local_norm, lambda: {"images": meta(16384, 3, 8192, 8192)}, (16384, 3, 8192, 8192)),
+    "masked_reconstruction_loss": (reconstruction_loss, lambda: {"decoded": meta(4096, 512 * 512, 3 * 16 * 16)}, ()),
 }
+IN_FLOAT32 = ("candidate_statistics", "masked_reconstruction_loss")  # losses, whatever the dtype of the inputs
 
 
 def resident_bytes() -> int:
@@ -98,7 +112,8 @@ def test_shapes_and_dtypes_of_terabytes(backend, name, evidence):
     op, make, shape = HUGE[name]
     inputs, before = make(), resident_bytes()
     result = op(**inputs, backend=backend)
-    assert (result.shape, result.dtype, result.device.type) == (shape, torch.float16, "meta")
+    dtype = torch.float32 if name in IN_FLOAT32 else torch.float16
+    assert (result.shape, result.dtype, result.device.type) == (shape, dtype, "meta")
     if result.requires_grad:
         result.sum().backward()
         for each in filter(torch.is_tensor, inputs.values()):
@@ -368,6 +383,61 @@ def bimask_backward():
     return grad_score, grad_score[-1], grad[-1] * 0.3 * importance * (1 - importance)
 
 
+def statistics_inputs():
+    """Sizes in a byte each, which the kernels read as they read int64: 2 GB instead of 17."""
+    submodules, candidates = PAST // 4096 + 1, 4096
+    alpha = torch.empty(submodules, candidates)
+    alive, sizes = (torch.empty(submodules, candidates, dtype=dtype) for dtype in (torch.bool, torch.int8))
+    alpha[-1], alive[-1] = torch.randn(candidates), torch.rand(candidates) < 0.8
+    sizes[-1] = torch.arange(candidates) % 99
+    return alpha, alive, sizes, sizes
+
+
+def statistics_forward():
+    arguments = statistics_inputs()
+    results = last_program("candidate_statistics", "_forward_kernel", "forward", *arguments)
+    got = [results[name][-1] for name in ("one_hot_ptr", "expected_heads_ptr", "expected_units_ptr")]
+    expected = reference.candidate_statistics(*(each[-1:] for each in arguments))
+    return arguments[0], torch.stack(got), torch.cat(expected)
+
+
+def statistics_backward():
+    """The gradient times the number of candidates: each of them has about that share of p."""
+    arguments = statistics_inputs()
+    grads = [torch.full((len(arguments[0]),), each) for each in (1.0, 0.3, -0.2)]
+    grad = last_program("candidate_statistics", "_backward_kernel", "backward", grads, *arguments)["grad_alpha_ptr"]
+    leaf, *options = (each[-1:] for each in arguments)
+    results = reference.candidate_statistics(leaf.requires_grad_(), *options)
+    weighted = sum(each * grad[0] for each, grad in zip(results, grads, strict=True))
+    return grad, len(leaf[0]) * grad[-1], len(leaf[0]) * torch.autograd.grad(weighted.sum(), leaf)[0][0]
+
+
+def reconstruction_forward():
+    """The last tile of 4 × 4 pixels in the last areas of the last image: the sign of each error, and Σ |error|."""
+    side, areas, last = SIDE // 16, (SIDE // 16) ** 2, 16
+    images, decoded = promised(2, 1, SIDE, SIDE), promised(2, areas, 256)
+    drawn, masked = torch.empty(2, areas, dtype=torch.int64), torch.empty(areas, dtype=torch.bool)
+    drawn[-1, -last:], masked[-last:] = torch.arange(areas - last, areas), torch.arange(last) % 3 > 0
+    bottom = images[-1:, :, 16 * (side - 1) - 1 : 16 * side + 1, 16 * (side - last) - 1 : 16 * side + 1]
+    decoded[-1, -last:] = half(last, 256)
+    bottom.copy_(half(*bottom.shape))
+    arguments = decoded, images, drawn, masked, (16, 16), 3, 1e-2, True
+    results = last_program("masked_reconstruction_loss", "_forward_kernel", "forward", *arguments)
+    target = reference.local_norm(bottom.float(), 3, 1e-2)[0, 0, 1:-1, 1:-1]
+    error = decoded[-1, -last:].float().view(last, 16, 16) - target.view(16, last, 16).transpose(0, 1)
+    error = (error * masked[-last:, None, None])[:, -4:, -4:]
+    got = results["sign_ptr"][-1, -last:].view(last, 16, 16)[:, -4:, -4:].flatten(), results["error_sums_ptr"][-1:]
+    return images, torch.cat(got), torch.cat([error.sign().flatten(), error.abs().sum()[None]])
+
+
+def reconstruction_backward():
+    sign = torch.empty(PAST + 5, dtype=torch.int8)
+    sign[-5:] = torch.tensor([1, -1, 0, 1, 1])
+    arguments = torch.tensor(3.0), sign, torch.tensor(0.5), torch.float16
+    grad = last_program("masked_reconstruction_loss", "_backward_kernel", "backward", *arguments)["grad_ptr"]
+    return grad, grad[-5:], 1.5 * sign[-5:]
+
+
 LAST_PROGRAMS = (
     linear_forward,
     linear_backward,
@@ -382,6 +452,10 @@ LAST_PROGRAMS = (
     local_norm_last_pixels,
     bimask_submodules,
     bimask_backward,
+    statistics_forward,
+    statistics_backward,
+    reconstruction_forward,
+    reconstruction_backward,
 )
 
 
