@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar, Token
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Casts:
@@ -45,9 +45,14 @@ _ACTIVE: ContextVar[Casts | None] = ContextVar("_ACTIVE", default=None)
 
 
 def cast_at_once(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The weight in `dtype` where `Casts` around the call have it, else itself."""
+    """The weight in `dtype` where `Casts` around the call have it, else itself.
+
+    They have a network's parameters only: what is made of them anew in every pass is another tensor each time.
+    """
     casts = _ACTIVE.get()
-    return weight if weight is None or weight.dtype == dtype or casts is None else casts.copy_of(weight, dtype)
+    if casts is None or not isinstance(weight, nn.Parameter) or weight.dtype == dtype:
+        return weight
+    return casts.copy_of(weight, dtype)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from ofb_kernels import masked_linear, masked_mlp, masked_qkv_attention
 from ofb_kernels.casts import Casts, cast_at_once
@@ -14,7 +15,7 @@ from ofb_kernels.kernels.fold import fold
 def weights(device):
     torch.manual_seed(0)
     shapes = dict(fc1=(24, 16), fc1_bias=(24,), fc2=(16, 24), fc2_bias=(16,), qkv=(3 * 2 * 8, 16), qkv_bias=(48,))
-    return {name: (0.2 * torch.randn(shape, device=device)).requires_grad_() for name, shape in shapes.items()}
+    return {name: nn.Parameter(0.2 * torch.randn(shape, device=device)) for name, shape in shapes.items()}
 
 
 def network(w, x):
@@ -90,6 +91,15 @@ def test_a_copy_of_casts_belongs_to_the_copied_weights(weights):
         copied[0].fill_(5.0)
     with copied[1]:
         assert cast_at_once(copied[0], torch.float16).eq(5.0).all()
+
+
+def test_what_is_made_of_parameters_in_every_pass_is_left_alone(weights):
+    casts = Casts()
+    for _ in range(2):
+        with casts:
+            joined = torch.cat([weights["fc1"], weights["fc1"]])
+            assert cast_at_once(joined, torch.float16) is joined
+    copy.deepcopy(casts)  # it would fail on a tensor with a history
 
 
 def test_after_an_error_nothing_is_active(weights):
