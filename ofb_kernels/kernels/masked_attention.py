@@ -63,7 +63,7 @@ FORWARD_CONFIGURATIONS = {
 BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=128),
-        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=168),
     ),
     (2, 128): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
@@ -162,7 +162,8 @@ def backward(
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
         _backward_query_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
-            WHOLE_ROW=tokens <= configuration["BLOCK_N"], **constants, **configuration,
+            WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_backward_tail(tokens, configuration["BLOCK_N"]),
+            **constants, **configuration,
         )  # fmt: skip
         return batch * tiles
 
@@ -170,7 +171,8 @@ def backward(
         tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
         _backward_key_value_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial[written:], *sizes,
-            WHOLE_ROW=tokens <= configuration["BLOCK_M"], **constants, **configuration,
+            WHOLE_ROW=tokens <= configuration["BLOCK_M"], TAIL=_backward_tail(tokens, configuration["BLOCK_M"]),
+            **constants, **configuration,
         )  # fmt: skip
         return batch * tiles
 
@@ -276,6 +278,15 @@ def _tail(tokens: int, block: int) -> int:
     return _padded((tokens - 1) % block + 1)
 
 
+def _backward_tail(tokens: int, block: int) -> int:
+    """The same, but `block` where it would save less than three quarters of one of several tiles.
+
+    A second size of tile has code of its own. By instructions it pays from there on, and less takes registers.
+    """
+    tail = _tail(tokens, block)
+    return tail if tokens <= block or 4 * tail <= block else block
+
+
 @triton.jit
 def _forward_kernel(
     qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr,
@@ -298,7 +309,8 @@ def _forward_kernel(
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
-    scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
+    factor = mask * mask * (SCALE * _LOG2_E)
+    scaled_q = (q.to(ACCUMULATOR) * factor[None, :]).to(q.dtype)
     if bias_ptr is not None:
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
     out_ptr += (batch * tokens * heads + head) * HEAD_DIM
@@ -308,8 +320,12 @@ def _forward_kernel(
     if WHOLE_ROW or LAST_ALONE:
         # The last keys, which need not fill a tile, come first: what their smaller tile needs is not kept for later.
         end = (tokens - 1) // BLOCK_N * BLOCK_N
+        if WHOLE_ROW or 4 * TAIL > BLOCK_N:
+            tail_q, k_factor = scaled_q, None
+        else:  # scaled_q would be in registers once more, for a product of another width: few keys are scaled instead
+            tail_q, k_factor = q, factor
         row_max, row_sum, attended = _attend(
-            scaled_q, qkv_ptr, bias_ptr, offsets_m, end, tokens, offsets_d, in_head,
+            tail_q, k_factor, qkv_ptr, bias_ptr, offsets_m, end, tokens, offsets_d, in_head,
             stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, TAIL,
         )  # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, BLOCK_D)  # fmt: skip
     else:
@@ -319,7 +335,7 @@ def _forward_kernel(
     if not WHOLE_ROW:
         for start_n in range(0, end, BLOCK_N):
             scores, _, v = _scores_k_v(
-                scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+                scaled_q, None, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
                 stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
             # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
@@ -347,8 +363,9 @@ def _backward_query_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    WHOLE_ROW: tl.constexpr, SUMS: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of BLOCK_M queries of one head, all keys; delta for the other kernel."""
@@ -369,14 +386,14 @@ def _backward_query_kernel(
     mask_ptr += head * HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
-    scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
+    factor = mask * mask * (SCALE * _LOG2_E)
+    scaled_q = (q.to(ACCUMULATOR) * factor[None, :]).to(q.dtype)
     grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
     out = _load_rows(out_ptr, offsets_m, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
     # delta = Σ_d do ⊙ o
-    grad_out = grad_out.to(ACCUMULATOR)
-    delta = tl.sum(grad_out * out.to(ACCUMULATOR), 1)  # (BLOCK_M,)
+    delta = tl.sum(grad_out.to(ACCUMULATOR) * out.to(ACCUMULATOR), 1)  # (BLOCK_M,)
     tl.store(delta_ptr + rows, delta, mask=in_queries)
-    masked_grad_out = (grad_out * mask[None, :]).to(q.dtype)
+    masked_grad_out = (grad_out.to(ACCUMULATOR) * mask[None, :]).to(q.dtype)
     log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=in_queries, other=0.0)
     if bias_ptr is not None:
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
@@ -385,15 +402,20 @@ def _backward_query_kernel(
     end = tokens  # of the loop
     if WHOLE_ROW or LAST_ALONE:
         end = (tokens - 1) // BLOCK_N * BLOCK_N
+        if WHOLE_ROW or 4 * TAIL > BLOCK_N:
+            tail_q, tail_grad_out, k_factor, v_factor = scaled_q, masked_grad_out, None, None
+        else:  # as in the forward
+            tail_q, tail_grad_out, k_factor, v_factor = q, grad_out, factor, mask
         grad_q = _add_keys(
-            grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, end, tokens,
-            offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
+            grad_q, tail_q, tail_grad_out, k_factor, v_factor, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, end,
+            tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, TAIL, False,
         )  # fmt: skip
     if not WHOLE_ROW:
         for start_n in range(0, end, BLOCK_N):
             grad_q = _add_keys(
-                grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n, tokens,
-                offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
+                grad_q, scaled_q, masked_grad_out, None, None, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m,
+                start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
+                ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # fmt: skip
 
     if LAST_ALONE:
@@ -419,8 +441,9 @@ def _backward_key_value_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    WHOLE_ROW: tl.constexpr, SUMS: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, all queries. Scores stand transposed: keys × queries."""
@@ -456,7 +479,7 @@ def _backward_key_value_kernel(
         grad_k, grad_masked_v = _add_queries(
             grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr,
             log_sum_exp_ptr, delta_ptr, offsets_n, end, tokens, offsets_d, in_head,
-            stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, False,
+            stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, TAIL, False,
         )  # fmt: skip
     if not WHOLE_ROW:
         for start_m in range(0, end, BLOCK_M):
@@ -545,12 +568,13 @@ def _backward_bias_kernel(
 
 @triton.jit
 def _attend(
-    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
+    scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+    stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of the softmax over the last tile of keys alone, and what it attends to."""
     scores, _, v = _scores_k_v(
-        scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+        scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
         stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
     )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
     row_max = tl.max(scores, 1)
@@ -563,15 +587,20 @@ def _attend(
 
 @triton.jit
 def _scores_k_v(
-    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
+    scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+    stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile of keys, −∞ past the last key, the keys and their values; with WHOLE no key is past the last."""
+    """Scores of a tile of keys, −∞ past the last key, the keys and their values; with WHOLE no key is past the last.
+
+    k_factor scales the keys where q has not been scaled, and is None otherwise.
+    """
     offsets_n = start_n + tl.arange(0, BLOCK_N)
     in_keys = (offsets_n < tokens) | WHOLE
     k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-    scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    scaled_k = k if k_factor is None else (k.to(ACCUMULATOR) * k_factor[None, :]).to(k.dtype)
+    scores = tl.dot(scaled_q, tl.trans(scaled_k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     if bias_ptr is not None:
         scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
     return tl.where(in_keys[None, :], scores, float("-inf")), k, v
@@ -579,17 +608,18 @@ def _scores_k_v(
 
 @triton.jit
 def _add_keys(
-    grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d,
-    in_head, stride_n, stride_k, stride_v, stride_d,
+    grad_q, scaled_q, masked_grad_out, k_factor, v_factor, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n,
+    tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """grad_q and what a tile of keys adds to it; with WHOLE no key is past the last."""
+    """grad_q and what a tile of keys adds to it. See _scores_k_v for the factors and WHOLE."""
     scores, k, v = _scores_k_v(
-        scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+        scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
         stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, WHOLE,
     )  # fmt: skip
     p = tl.exp2(scores - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
-    grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    masked_v = v if v_factor is None else (v.to(ACCUMULATOR) * v_factor[None, :]).to(v.dtype)
+    grad_p = tl.dot(masked_grad_out, tl.trans(masked_v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     # ds = p ⊙ (dp − delta), dq = scale · (ds k) ⊙ m²
     grad_scores = (p * (grad_p - delta[:, None])).to(k.dtype)
     return tl.dot(grad_scores, k, grad_q, input_precision=PRECISION, out_dtype=ACCUMULATOR)
