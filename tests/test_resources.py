@@ -47,8 +47,8 @@ SPILLS = {
     # tile's addresses takes registers.
     ("masked_linear._forward_kernel", "odd"): 528,
     ("masked_linear._forward_kernel", "unaligned"): 384,
-    ("masked_attention._forward_kernel", "unaligned"): 16,
     # the candidates that are held to 128 registers
+    ("masked_attention._forward_kernel", "unaligned"): 40,
     ("masked_attention._backward_query_kernel", "unaligned"): 24,
     ("masked_attention._backward_query_kernel", "strided"): 8,
     ("masked_layer_norm._forward_kernel", "odd"): 16,

@@ -50,6 +50,7 @@ FORWARD_CONFIGURATIONS = {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=128),
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=128, TAIL_M=16),
     ),
     (2, 128): (
         dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
@@ -63,6 +64,7 @@ FORWARD_CONFIGURATIONS = {
 BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=128),
+        dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=128, TAIL_M=16),
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=168),
     ),
     (2, 128): (
@@ -122,7 +124,7 @@ def forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None = None)
             qkv, mask, bias, out, log_sum_exp,
             tokens, heads, windows, *_strides(qkv),
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_tail(tokens, configuration["BLOCK_N"]),
-            SCALE=scale, **_constants(qkv), **configuration,
+            SCALE=scale, **_constants(qkv), **_with_tail_rows(configuration, tokens),
         )  # fmt: skip
 
     if qkv.numel() > 0:
@@ -163,7 +165,7 @@ def backward(
         _backward_query_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_backward_tail(tokens, configuration["BLOCK_N"]),
-            **constants, **configuration,
+            **constants, **_with_tail_rows(configuration, tokens),
         )  # fmt: skip
         return batch * tiles
 
@@ -287,6 +289,13 @@ def _backward_tail(tokens: int, block: int) -> int:
     return tail if tokens <= block or 4 * tail <= block else block
 
 
+def _with_tail_rows(configuration: dict, tokens: int) -> dict:
+    """The configuration, its TAIL_M being BLOCK_M where it names none or the last queries are more than that."""
+    block = configuration["BLOCK_M"]
+    tail = configuration.get("TAIL_M", block)
+    return configuration | {"TAIL_M": tail if block < tokens and _tail(tokens, block) <= tail else block}
+
+
 @triton.jit
 def _forward_kernel(
     qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr,
@@ -295,26 +304,53 @@ def _forward_kernel(
     WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
     LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head, all keys."""
+    """One program: BLOCK_M queries of one head (TAIL_M at the end), all keys."""
     stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
     stride_h = known_multiple(stride_h, MULTIPLE)
     stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
-    offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets_d = tl.arange(0, BLOCK_D)
-    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
     qkv_ptr += batch * stride_b + head * stride_h
     mask_ptr += head * HEAD_DIM
+    if bias_ptr is not None:
+        bias_ptr += (batch % windows * heads + head) * tokens * tokens
+    start_m = tile * BLOCK_M
+    whole, first_m = True, 0
+    if TAIL_M < BLOCK_M:  # ptxas takes fewer registers with rows counted from the tile, but more where it is alone
+        whole, first_m = start_m + BLOCK_M <= tokens, start_m
+    out_ptr += ((batch * tokens + first_m) * heads + head) * HEAD_DIM
+    log_sum_exp_ptr += (batch * heads + head) * tokens + first_m
+    if whole:
+        _forward_tile(
+            qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, start_m, first_m, tokens, heads,
+            stride_n, stride_k, stride_v, stride_d,
+            WHOLE_ROW, TAIL, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _forward_tile(
+            qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, start_m, first_m, tokens, heads,
+            stride_n, stride_k, stride_v, stride_d,
+            WHOLE_ROW, TAIL, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, TAIL_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward_tile(
+    qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, start_m, first_m, tokens, heads,
+    stride_n, stride_k, stride_v, stride_d,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The queries from start_m on; out_ptr and log_sum_exp_ptr point to query first_m."""
+    offsets_m = start_m + tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
     factor = mask * mask * (SCALE * _LOG2_E)
     scaled_q = (q.to(ACCUMULATOR) * factor[None, :]).to(q.dtype)
-    if bias_ptr is not None:
-        bias_ptr += (batch % windows * heads + head) * tokens * tokens
-    out_ptr += (batch * tokens * heads + head) * HEAD_DIM
-    log_sum_exp_ptr += (batch * heads + head) * tokens
 
     end = tokens  # of the loop
     if WHOLE_ROW or LAST_ALONE:
@@ -353,9 +389,10 @@ def _forward_kernel(
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
     # o = (p v) ⊙ m
     out = attended * mask[None, :] * (1.0 / row_sum)[:, None]
-    offsets = offsets_m.to(tl.int64)[:, None] * (heads * HEAD_DIM) + offsets_d[None, :]
+    rows = offsets_m - first_m
+    offsets = rows.to(tl.int64)[:, None] * (heads * HEAD_DIM) + offsets_d[None, :]
     tl.store(out_ptr + offsets, out, mask=in_queries[:, None] & in_head[None, :])
-    tl.store(log_sum_exp_ptr + offsets_m, row_max + tl.log2(row_sum), mask=in_queries)
+    tl.store(log_sum_exp_ptr + rows, row_max + tl.log2(row_sum), mask=in_queries)
 
 
 @triton.jit
@@ -366,37 +403,67 @@ def _backward_query_kernel(
     WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
     LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of BLOCK_M queries of one head, all keys; delta for the other kernel."""
+    """One program: dq of BLOCK_M queries of one head (TAIL_M at the end), all keys; delta for the other kernel."""
     stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
     stride_h = known_multiple(stride_h, MULTIPLE)
     stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
     stride_gb, stride_gn = known_multiple(stride_gb, MULTIPLE), known_multiple(stride_gn, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
-    offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    qkv_ptr += batch * stride_b + head * stride_h
+    mask_ptr += head * HEAD_DIM
+    if bias_ptr is not None:
+        bias_ptr += (batch % windows * heads + head) * tokens * tokens
+    start_m = tile * BLOCK_M
+    whole, first_m = True, 0
+    if TAIL_M < BLOCK_M:  # as in the forward
+        whole, first_m = start_m + BLOCK_M <= tokens, start_m
+    grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
+    out_ptr += ((batch * tokens + first_m) * heads + head) * HEAD_DIM
+    grad_qkv_ptr += ((batch * tokens + first_m) * (3 * heads) + head) * HEAD_DIM
+    log_sum_exp_ptr += (batch * heads + head) * tokens + first_m
+    delta_ptr += (batch * heads + head) * tokens + first_m
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * (4 if SUMS else 1) * heads + head) * HEAD_DIM
+    if whole:
+        _backward_query_tile(
+            grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+            start_m, first_m, tokens, heads, stride_n, stride_k, stride_v, stride_d, stride_gn, stride_gd,
+            WHOLE_ROW, TAIL, SUMS, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _backward_query_tile(
+            grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+            start_m, first_m, tokens, heads, stride_n, stride_k, stride_v, stride_d, stride_gn, stride_gd,
+            WHOLE_ROW, TAIL, SUMS, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, TAIL_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_query_tile(
+    grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    start_m, first_m, tokens, heads, stride_n, stride_k, stride_v, stride_d, stride_gn, stride_gd,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The queries from start_m on; out_ptr, log_sum_exp_ptr, delta_ptr and grad_qkv_ptr point to query first_m."""
+    offsets_m = start_m + tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
     in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
-    qkv_ptr += batch * stride_b + head * stride_h
-    grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
-    out_ptr += (batch * tokens * heads + head) * HEAD_DIM
-    grad_qkv_ptr += (batch * tokens * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * (4 if SUMS else 1) * heads + head) * HEAD_DIM
-    rows = (batch * heads + head) * tokens + offsets_m
-    mask_ptr += head * HEAD_DIM
+    rows = offsets_m - first_m
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
     q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
     factor = mask * mask * (SCALE * _LOG2_E)
     scaled_q = (q.to(ACCUMULATOR) * factor[None, :]).to(q.dtype)
     grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
-    out = _load_rows(out_ptr, offsets_m, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
+    out = _load_rows(out_ptr, rows, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
     # delta = Σ_d do ⊙ o
     delta = tl.sum(grad_out.to(ACCUMULATOR) * out.to(ACCUMULATOR), 1)  # (BLOCK_M,)
     tl.store(delta_ptr + rows, delta, mask=in_queries)
     masked_grad_out = (grad_out.to(ACCUMULATOR) * mask[None, :]).to(q.dtype)
     log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=in_queries, other=0.0)
-    if bias_ptr is not None:
-        bias_ptr += (batch % windows * heads + head) * tokens * tokens
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
     end = tokens  # of the loop
@@ -423,7 +490,7 @@ def _backward_query_kernel(
         q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d, True)
     grad_masked_q = grad_q * (SCALE * mask)[None, :]
     grad_q = grad_masked_q * mask[None, :]  # 0 past the last query
-    offsets = offsets_m.to(tl.int64)[:, None] * (3 * heads * HEAD_DIM) + offsets_d[None, :]
+    offsets = rows.to(tl.int64)[:, None] * (3 * heads * HEAD_DIM) + offsets_d[None, :]
     tl.store(grad_qkv_ptr + offsets, grad_q, mask=in_queries[:, None] & in_head[None, :])
     # the share of q and k in dm: 2 · scale · m ⊙ Σ_rows q ⊙ (ds k)
     partial = tl.sum(2.0 * grad_masked_q * q.to(ACCUMULATOR), 0)
