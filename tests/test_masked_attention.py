@@ -198,7 +198,22 @@ CANDIDATES = max(
 )
 
 
-@pytest.mark.parametrize(("tokens", "head_dim"), [(133, 40), (145, 64), (128, 24)])
+@pytest.mark.parametrize(
+    ("configuration", "tokens", "tail"),
+    [
+        (dict(BLOCK_M=64, TAIL_M=16), 197, 16),
+        (dict(BLOCK_M=64, TAIL_M=16), 208, 16),
+        (dict(BLOCK_M=64, TAIL_M=16), 209, 64),
+        (dict(BLOCK_M=64, TAIL_M=16), 256, 64),
+        (dict(BLOCK_M=64, TAIL_M=16), 5, 64),  # no whole tile that would take the other size
+        (dict(BLOCK_M=64), 197, 64),
+    ],
+)
+def test_last_program_takes_few_queries(configuration, tokens, tail):
+    assert kernel._with_tail_rows(configuration, tokens) == configuration | {"TAIL_M": tail}
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(133, 40), (145, 64), (128, 24), (80, 16), (65, 56)])
 @pytest.mark.parametrize("index", range(1, CANDIDATES))
 def test_every_candidate_is_right(index, tokens, head_dim, device, monkeypatch):
     """Candidates of the three kernels, one of each at a time."""
