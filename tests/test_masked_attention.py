@@ -154,10 +154,38 @@ def test_every_head_dim_a_search_can_reach(head_dim, device):
     check_op(masked_attention, inputs, {}, "triton", reduction=head_dim)
 
 
-@pytest.mark.parametrize("tokens", [15, 64, 65, 80, 81, 96, 97, 128])
+# Behind whole tiles of 32 or 64 a rest of 1, 5, 16, 17, 32, 33, 49 or a whole tile.
+REST_OF_TILE = [1, 5, 15, 16, 17, 33, 49, 64, 65, 69, 80, 81, 96, 97, 113, 128]
+
+
+@pytest.mark.parametrize("tokens", REST_OF_TILE)
 def test_last_tile_of_any_size(tokens, device):
     inputs = make_inputs(1, tokens, 1, 24, torch.float16, device)
     check_op(masked_attention, inputs, {}, "triton", reduction=2 * tokens)
+
+
+@pytest.mark.parametrize("tokens", REST_OF_TILE[1:])  # of one key the bias has no gradient and its error no bound
+def test_last_tile_of_any_size_with_a_bias(tokens, device):
+    inputs = make_biased(1, None, tokens, 1, 24, torch.float16, device)
+    check_op(masked_attention, inputs, {}, "triton", reduction=2 * tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "tail", "backward_tail"),
+    [
+        (197, 64, 16, 16),
+        (197, 32, 16, 32),  # two sizes of tile cost more than half a tile
+        (212, 64, 32, 64),
+        (240, 64, 64, 64),
+        (256, 64, 64, 64),
+        (10, 64, 16, 16),
+        (17, 64, 32, 32),  # the only tile is as small as can be
+        (64, 64, 64, 64),
+        (1, 16, 16, 16),
+    ],
+)
+def test_last_tile_is_a_small_one(tokens, block, tail, backward_tail):
+    assert (kernel._tail(tokens, block), kernel._backward_tail(tokens, block)) == (tail, backward_tail)
 
 
 CANDIDATES = max(
@@ -170,12 +198,28 @@ CANDIDATES = max(
 )
 
 
+@pytest.mark.parametrize(
+    ("configuration", "tokens", "tail"),
+    [
+        (dict(BLOCK_M=64, TAIL_M=16), 197, 16),
+        (dict(BLOCK_M=64, TAIL_M=16), 208, 16),
+        (dict(BLOCK_M=64, TAIL_M=16), 209, 64),
+        (dict(BLOCK_M=64, TAIL_M=16), 256, 64),
+        (dict(BLOCK_M=64, TAIL_M=16), 5, 64),  # no whole tile that would take the other size
+        (dict(BLOCK_M=64), 197, 64),
+    ],
+)
+def test_last_program_takes_few_queries(configuration, tokens, tail):
+    assert kernel._with_tail_rows(configuration, tokens) == configuration | {"TAIL_M": tail}
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(133, 40), (145, 64), (128, 24), (80, 16), (65, 56)])
 @pytest.mark.parametrize("index", range(1, CANDIDATES))
-def test_every_candidate_is_right(index, device, monkeypatch):
+def test_every_candidate_is_right(index, tokens, head_dim, device, monkeypatch):
     """Candidates of the three kernels, one of each at a time."""
     monkeypatch.setattr(tuning, "choose", lambda name, candidates, *_: candidates[min(index, len(candidates) - 1)])
-    inputs = make_inputs(1, 133, 1, 40, torch.float16, device)
-    check_op(masked_attention, inputs, {}, "triton", reduction=266)
+    inputs = make_inputs(1, tokens, 1, head_dim, torch.float16, device)
+    check_op(masked_attention, inputs, {}, "triton", reduction=2 * tokens)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,11 +16,13 @@ keeps their sum on chip. That reads q, k, v, do and o again, 10·N·d bytes of h
 (15.7 KB in Swin's windows, N = 49, d = 32), where writing ds in float32 and adding it up would move 8·N² (19.2 KB) and
 hold memory for it. It adds two products to the backward's five and the two that those compute once more.
 
-Queries and keys past the last token are loaded as zeros. Only the last tile of a row needs that. In half precision
-and heads of up to 64 channels it comes first, and the loop over all others has no bounds; elsewhere the code of a tile
-twice would take too many registers. What is needed once more after the loop is loaded again, since registers decide
-how many blocks a multiprocessor holds. Gradients of mask and bias are kept per program in float32 and added up by one
-reduction: no atomics, the same bits every time.
+Queries and keys past the last token are loaded as zeros. Only the last tile of a row needs that. In half precision and
+heads of up to 64 channels it comes first, and the loop over all others has no bounds; elsewhere the code of a tile
+twice would take too many registers. Where the last tile is a quarter of the others or less, the mask goes into the few
+keys and values that it streams: another width of product would take the scaled queries in other registers. What is
+needed once more after the loop is loaded again, since registers decide how many blocks a multiprocessor holds.
+Gradients of mask and bias are kept per program in float32 and added up by one reduction: no atomics, the same bits
+every time.
 """
 
 from collections.abc import Callable
@@ -45,11 +47,13 @@ _LOWEST = tl.constexpr(-3e38)  # close to the smallest float32
 
 # Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps and pipeline stages, for each element size in bytes (8:
 # interpreted only) and padded head width; the default first. In float32 a product takes no tensor cores and its tiles
-# must be small. Where all keys are in one tile, the softmax takes them at once.
+# must be small. Where all keys are in one tile, the softmax takes them at once. TAIL_M are the queries of a head's last
+# program where no more are left, as 5 of 197: not measured yet.
 FORWARD_CONFIGURATIONS = {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=128),
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=128, TAIL_M=16),
     ),
     (2, 128): (
         dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
@@ -63,7 +67,8 @@ FORWARD_CONFIGURATIONS = {
 BACKWARD_QUERY_CONFIGURATIONS = FORWARD_CONFIGURATIONS | {
     (2, 64): (
         dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=128),
-        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=128, TAIL_M=16),
+        dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=168),
     ),
     (2, 128): (
         dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
@@ -122,7 +127,7 @@ def forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None = None)
             qkv, mask, bias, out, log_sum_exp,
             tokens, heads, windows, *_strides(qkv),
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_tail(tokens, configuration["BLOCK_N"]),
-            SCALE=scale, **_constants(qkv), **configuration,
+            SCALE=scale, **_constants(qkv), **_with_tail_rows(configuration, tokens),
         )  # fmt: skip
 
     if qkv.numel() > 0:
@@ -162,7 +167,8 @@ def backward(
         tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
         _backward_query_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
-            WHOLE_ROW=tokens <= configuration["BLOCK_N"], **constants, **configuration,
+            WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_backward_tail(tokens, configuration["BLOCK_N"]),
+            **constants, **_with_tail_rows(configuration, tokens),
         )  # fmt: skip
         return batch * tiles
 
@@ -170,7 +176,8 @@ def backward(
         tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
         _backward_key_value_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial[written:], *sizes,
-            WHOLE_ROW=tokens <= configuration["BLOCK_M"], **constants, **configuration,
+            WHOLE_ROW=tokens <= configuration["BLOCK_M"], TAIL=_backward_tail(tokens, configuration["BLOCK_M"]),
+            **constants, **configuration,
         )  # fmt: skip
         return batch * tiles
 
@@ -276,6 +283,22 @@ def _tail(tokens: int, block: int) -> int:
     return _padded((tokens - 1) % block + 1)
 
 
+def _backward_tail(tokens: int, block: int) -> int:
+    """The same, but `block` where it would save less than three quarters of one of several tiles.
+
+    A second size of tile has code of its own. By instructions it pays from there on, and less takes registers.
+    """
+    tail = _tail(tokens, block)
+    return tail if tokens <= block or 4 * tail <= block else block
+
+
+def _with_tail_rows(configuration: dict, tokens: int) -> dict:
+    """The configuration, its TAIL_M being BLOCK_M where it names none or the last queries are more than that."""
+    block = configuration["BLOCK_M"]
+    tail = configuration.get("TAIL_M", block)
+    return configuration | {"TAIL_M": tail if block < tokens and _tail(tokens, block) <= tail else block}
+
+
 @triton.jit
 def _forward_kernel(
     qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr,
@@ -284,32 +307,65 @@ def _forward_kernel(
     WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
     LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head, all keys."""
+    """One program: BLOCK_M queries of one head (TAIL_M at the end), all keys."""
     stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
     stride_h = known_multiple(stride_h, MULTIPLE)
     stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
-    offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets_d = tl.arange(0, BLOCK_D)
-    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
     qkv_ptr += batch * stride_b + head * stride_h
     mask_ptr += head * HEAD_DIM
-    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
-    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
-    scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
     if bias_ptr is not None:
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
-    out_ptr += (batch * tokens * heads + head) * HEAD_DIM
-    log_sum_exp_ptr += (batch * heads + head) * tokens
+    start_m, first_m = tile * BLOCK_M, 0
+    whole: tl.constexpr = True
+    if TAIL_M < BLOCK_M:
+        whole = start_m + BLOCK_M <= tokens
+        first_m = start_m  # with two sizes of tile this takes ptxas fewer registers, with one size more
+    out_ptr += ((batch * tokens + first_m) * heads + head) * HEAD_DIM
+    log_sum_exp_ptr += (batch * heads + head) * tokens + first_m
+    if whole:
+        _forward_tile(
+            qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, start_m, first_m, tokens, heads,
+            stride_n, stride_k, stride_v, stride_d,
+            WHOLE_ROW, TAIL, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _forward_tile(
+            qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, start_m, first_m, tokens, heads,
+            stride_n, stride_k, stride_v, stride_d,
+            WHOLE_ROW, TAIL, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, TAIL_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward_tile(
+    qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, start_m, first_m, tokens, heads,
+    stride_n, stride_k, stride_v, stride_d,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The queries from start_m on; out_ptr and log_sum_exp_ptr point to query first_m."""
+    offsets_m = start_m + tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
+    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
+    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
+    factor = mask * mask * (SCALE * _LOG2_E)
+    scaled_q = (q.to(ACCUMULATOR) * factor[None, :]).to(q.dtype)
 
     end = tokens  # of the loop
     if WHOLE_ROW or LAST_ALONE:
         # The last keys, which need not fill a tile, come first: what their smaller tile needs is not kept for later.
         end = (tokens - 1) // BLOCK_N * BLOCK_N
+        if WHOLE_ROW or 4 * TAIL > BLOCK_N:
+            tail_q, k_factor = scaled_q, None
+        else:  # scaled_q would be in registers once more, for a product of another width: few keys are scaled instead
+            tail_q, k_factor = q, factor
         row_max, row_sum, attended = _attend(
-            scaled_q, qkv_ptr, bias_ptr, offsets_m, end, tokens, offsets_d, in_head,
+            tail_q, k_factor, qkv_ptr, bias_ptr, offsets_m, end, tokens, offsets_d, in_head,
             stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, TAIL,
         )  # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, BLOCK_D)  # fmt: skip
     else:
@@ -319,7 +375,7 @@ def _forward_kernel(
     if not WHOLE_ROW:
         for start_n in range(0, end, BLOCK_N):
             scores, _, v = _scores_k_v(
-                scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+                scaled_q, None, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
                 stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
             # the softmax of all keys so far: what was summed under the old maximum shrinks by 2^(old − new)
@@ -337,9 +393,10 @@ def _forward_kernel(
     mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR, True)
     # o = (p v) ⊙ m
     out = attended * mask[None, :] * (1.0 / row_sum)[:, None]
-    offsets = offsets_m.to(tl.int64)[:, None] * (heads * HEAD_DIM) + offsets_d[None, :]
+    rows = offsets_m - first_m
+    offsets = rows.to(tl.int64)[:, None] * (heads * HEAD_DIM) + offsets_d[None, :]
     tl.store(out_ptr + offsets, out, mask=in_queries[:, None] & in_head[None, :])
-    tl.store(log_sum_exp_ptr + offsets_m, row_max + tl.log2(row_sum), mask=in_queries)
+    tl.store(log_sum_exp_ptr + rows, row_max + tl.log2(row_sum), mask=in_queries)
 
 
 @triton.jit
@@ -347,53 +404,90 @@ def _backward_query_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    WHOLE_ROW: tl.constexpr, SUMS: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of BLOCK_M queries of one head, all keys; delta for the other kernel."""
+    """One program: dq of BLOCK_M queries of one head (TAIL_M at the end), all keys; delta for the other kernel."""
     stride_b, stride_n = known_multiple(stride_b, MULTIPLE), known_multiple(stride_n, MULTIPLE)
     stride_h = known_multiple(stride_h, MULTIPLE)
     stride_k, stride_v = known_multiple(stride_k, MULTIPLE), known_multiple(stride_v, MULTIPLE)
     stride_gb, stride_gn = known_multiple(stride_gb, MULTIPLE), known_multiple(stride_gn, MULTIPLE)
     tile, head, batch = _tile_of_head(tl.program_id(0), tokens, heads, BLOCK_M)
-    offsets_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets_d = tl.arange(0, BLOCK_D)
-    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
     qkv_ptr += batch * stride_b + head * stride_h
-    grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
-    out_ptr += (batch * tokens * heads + head) * HEAD_DIM
-    grad_qkv_ptr += (batch * tokens * (3 * heads) + head) * HEAD_DIM
-    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * (4 if SUMS else 1) * heads + head) * HEAD_DIM
-    rows = (batch * heads + head) * tokens + offsets_m
     mask_ptr += head * HEAD_DIM
-    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
-    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
-    scaled_q = (q.to(ACCUMULATOR) * (mask * mask * (SCALE * _LOG2_E))[None, :]).to(q.dtype)
-    grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
-    out = _load_rows(out_ptr, offsets_m, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
-    # delta = Σ_d do ⊙ o
-    grad_out = grad_out.to(ACCUMULATOR)
-    delta = tl.sum(grad_out * out.to(ACCUMULATOR), 1)  # (BLOCK_M,)
-    tl.store(delta_ptr + rows, delta, mask=in_queries)
-    masked_grad_out = (grad_out * mask[None, :]).to(q.dtype)
-    log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=in_queries, other=0.0)
     if bias_ptr is not None:
         bias_ptr += (batch % windows * heads + head) * tokens * tokens
+    start_m, first_m = tile * BLOCK_M, 0
+    whole: tl.constexpr = True
+    if TAIL_M < BLOCK_M:
+        whole = start_m + BLOCK_M <= tokens
+        first_m = start_m  # as in the forward
+    grad_out_ptr += batch * stride_gb + head * HEAD_DIM * stride_gd
+    out_ptr += ((batch * tokens + first_m) * heads + head) * HEAD_DIM
+    grad_qkv_ptr += ((batch * tokens + first_m) * (3 * heads) + head) * HEAD_DIM
+    log_sum_exp_ptr += (batch * heads + head) * tokens + first_m
+    delta_ptr += (batch * heads + head) * tokens + first_m
+    partial_ptr += ((batch * tl.cdiv(tokens, BLOCK_M) + tile) * (4 if SUMS else 1) * heads + head) * HEAD_DIM
+    if whole:
+        _backward_query_tile(
+            grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+            start_m, first_m, tokens, heads, stride_n, stride_k, stride_v, stride_d, stride_gn, stride_gd,
+            WHOLE_ROW, TAIL, SUMS, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _backward_query_tile(
+            grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+            start_m, first_m, tokens, heads, stride_n, stride_k, stride_v, stride_d, stride_gn, stride_gd,
+            WHOLE_ROW, TAIL, SUMS, SCALE, HEAD_DIM, BLOCK_D, LAST_ALONE, ACCUMULATOR, PRECISION, TAIL_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_query_tile(
+    grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, out_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    start_m, first_m, tokens, heads, stride_n, stride_k, stride_v, stride_d, stride_gn, stride_gd,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The queries from start_m on; out_ptr, log_sum_exp_ptr, delta_ptr and grad_qkv_ptr point to query first_m."""
+    offsets_m = start_m + tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_queries, in_head = offsets_m < tokens, offsets_d < HEAD_DIM
+    rows = offsets_m - first_m
+    mask = _load_mask(mask_ptr, offsets_d, in_head, ACCUMULATOR)  # (BLOCK_D,)
+    q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d)  # (BLOCK_M, BLOCK_D)
+    factor = mask * mask * (SCALE * _LOG2_E)
+    scaled_q = (q.to(ACCUMULATOR) * factor[None, :]).to(q.dtype)
+    grad_out = _load_rows(grad_out_ptr, offsets_m, offsets_d, in_queries, in_head, stride_gn, stride_gd)
+    out = _load_rows(out_ptr, rows, offsets_d, in_queries, in_head, heads * HEAD_DIM, 1)
+    # delta = Σ_d do ⊙ o
+    delta = tl.sum(grad_out.to(ACCUMULATOR) * out.to(ACCUMULATOR), 1)  # (BLOCK_M,)
+    tl.store(delta_ptr + rows, delta, mask=in_queries)
+    masked_grad_out = (grad_out.to(ACCUMULATOR) * mask[None, :]).to(q.dtype)
+    log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=in_queries, other=0.0)
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
     end = tokens  # of the loop
     if WHOLE_ROW or LAST_ALONE:
         end = (tokens - 1) // BLOCK_N * BLOCK_N
+        if WHOLE_ROW or 4 * TAIL > BLOCK_N:
+            tail_q, tail_grad_out, k_factor, v_factor = scaled_q, masked_grad_out, None, None
+        else:  # as in the forward
+            tail_q, tail_grad_out, k_factor, v_factor = q, grad_out, factor, mask
         grad_q = _add_keys(
-            grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, end, tokens,
-            offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
+            grad_q, tail_q, tail_grad_out, k_factor, v_factor, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, end,
+            tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, TAIL, False,
         )  # fmt: skip
     if not WHOLE_ROW:
         for start_n in range(0, end, BLOCK_N):
             grad_q = _add_keys(
-                grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n, tokens,
-                offsets_d, in_head, stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
+                grad_q, scaled_q, masked_grad_out, None, None, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m,
+                start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
+                ACCUMULATOR, PRECISION, BLOCK_N, LAST_ALONE,
             )  # fmt: skip
 
     if LAST_ALONE:
@@ -401,7 +495,7 @@ def _backward_query_kernel(
         q = _load_rows(qkv_ptr, offsets_m, offsets_d, in_queries, in_head, stride_n, stride_d, True)
     grad_masked_q = grad_q * (SCALE * mask)[None, :]
     grad_q = grad_masked_q * mask[None, :]  # 0 past the last query
-    offsets = offsets_m.to(tl.int64)[:, None] * (3 * heads * HEAD_DIM) + offsets_d[None, :]
+    offsets = rows.to(tl.int64)[:, None] * (3 * heads * HEAD_DIM) + offsets_d[None, :]
     tl.store(grad_qkv_ptr + offsets, grad_q, mask=in_queries[:, None] & in_head[None, :])
     # the share of q and k in dm: 2 · scale · m ⊙ Σ_rows q ⊙ (ds k)
     partial = tl.sum(2.0 * grad_masked_q * q.to(ACCUMULATOR), 0)
@@ -419,8 +513,9 @@ def _backward_key_value_kernel(
     grad_out_ptr, qkv_ptr, mask_ptr, bias_ptr, log_sum_exp_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     tokens, heads, windows,
     stride_b, stride_n, stride_k, stride_v, stride_h, stride_d, stride_gb, stride_gn, stride_gd,
-    WHOLE_ROW: tl.constexpr, SUMS: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MULTIPLE: tl.constexpr, LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MULTIPLE: tl.constexpr,
+    LAST_ALONE: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, all queries. Scores stand transposed: keys × queries."""
@@ -456,7 +551,7 @@ def _backward_key_value_kernel(
         grad_k, grad_masked_v = _add_queries(
             grad_k, grad_masked_v, scaled_k, masked_v, grad_out_ptr, qkv_ptr, bias_ptr,
             log_sum_exp_ptr, delta_ptr, offsets_n, end, tokens, offsets_d, in_head,
-            stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, BLOCK_M, False,
+            stride_n, stride_d, stride_gn, stride_gd, ACCUMULATOR, PRECISION, TAIL, False,
         )  # fmt: skip
     if not WHOLE_ROW:
         for start_m in range(0, end, BLOCK_M):
@@ -545,12 +640,13 @@ def _backward_bias_kernel(
 
 @triton.jit
 def _attend(
-    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
+    scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+    stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of the softmax over the last tile of keys alone, and what it attends to."""
     scores, _, v = _scores_k_v(
-        scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+        scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
         stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, False,
     )  # (BLOCK_M, BLOCK_N), (BLOCK_N, BLOCK_D)  # fmt: skip
     row_max = tl.max(scores, 1)
@@ -563,15 +659,20 @@ def _attend(
 
 @triton.jit
 def _scores_k_v(
-    scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
+    scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+    stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile of keys, −∞ past the last key, the keys and their values; with WHOLE no key is past the last."""
+    """Scores of a tile of keys, −∞ past the last key, the keys and their values; with WHOLE no key is past the last.
+
+    k_factor scales the keys where q has not been scaled, and is None otherwise.
+    """
     offsets_n = start_n + tl.arange(0, BLOCK_N)
     in_keys = (offsets_n < tokens) | WHOLE
     k = _load_rows(qkv_ptr + stride_k, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
     v = _load_rows(qkv_ptr + stride_v, offsets_n, offsets_d, in_keys, in_head, stride_n, stride_d)
-    scores = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    scaled_k = k if k_factor is None else (k.to(ACCUMULATOR) * k_factor[None, :]).to(k.dtype)
+    scores = tl.dot(scaled_q, tl.trans(scaled_k), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     if bias_ptr is not None:
         scores += _load_bias(bias_ptr, offsets_m[:, None], offsets_n[None, :], tokens, ACCUMULATOR)
     return tl.where(in_keys[None, :], scores, float("-inf")), k, v
@@ -579,17 +680,18 @@ def _scores_k_v(
 
 @triton.jit
 def _add_keys(
-    grad_q, scaled_q, masked_grad_out, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d,
-    in_head, stride_n, stride_k, stride_v, stride_d,
+    grad_q, scaled_q, masked_grad_out, k_factor, v_factor, log_sum_exp, delta, qkv_ptr, bias_ptr, offsets_m, start_n,
+    tokens, offsets_d, in_head, stride_n, stride_k, stride_v, stride_d,
     ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """grad_q and what a tile of keys adds to it; with WHOLE no key is past the last."""
+    """grad_q and what a tile of keys adds to it. See _scores_k_v for the factors and WHOLE."""
     scores, k, v = _scores_k_v(
-        scaled_q, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
+        scaled_q, k_factor, qkv_ptr, bias_ptr, offsets_m, start_n, tokens, offsets_d, in_head,
         stride_n, stride_k, stride_v, stride_d, ACCUMULATOR, PRECISION, BLOCK_N, WHOLE,
     )  # fmt: skip
     p = tl.exp2(scores - log_sum_exp[:, None])  # (BLOCK_M, BLOCK_N)
-    grad_p = tl.dot(masked_grad_out, tl.trans(v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    masked_v = v if v_factor is None else (v.to(ACCUMULATOR) * v_factor[None, :]).to(v.dtype)
+    grad_p = tl.dot(masked_grad_out, tl.trans(masked_v), input_precision=PRECISION, out_dtype=ACCUMULATOR)
     # ds = p ⊙ (dp − delta), dq = scale · (ds k) ⊙ m²
     grad_scores = (p * (grad_p - delta[:, None])).to(k.dtype)
     return tl.dot(grad_scores, k, grad_q, input_precision=PRECISION, out_dtype=ACCUMULATOR)
