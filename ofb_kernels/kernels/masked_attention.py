@@ -35,6 +35,7 @@ from torch import Tensor
 from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import (
     accumulator_dtype,
+    cdiv,
     dot_precision,
     hidden_multiple,
     known_multiple,
@@ -123,7 +124,7 @@ def forward(qkv: Tensor, mask: Tensor, scale: float, bias: Tensor | None = None)
     mask, bias, windows = mask.contiguous(), *_dense(bias)
 
     def launch(configuration: dict) -> None:
-        _forward_kernel[(batch * heads * triton.cdiv(tokens, configuration["BLOCK_M"]),)](
+        _forward_kernel[(batch * heads * cdiv(tokens, configuration["BLOCK_M"]),)](
             qkv, mask, bias, out, log_sum_exp,
             tokens, heads, windows, *_strides(qkv),
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_tail(tokens, configuration["BLOCK_N"]),
@@ -164,7 +165,7 @@ def backward(
     partial = delta.new_empty(programs, 4 if sums else 1, heads * head_dim)
 
     def launch_query(configuration: dict) -> int:
-        tiles = triton.cdiv(tokens, configuration["BLOCK_M"])
+        tiles = cdiv(tokens, configuration["BLOCK_M"])
         _backward_query_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, delta, grad_qkv, partial, *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_N"], TAIL=_backward_tail(tokens, configuration["BLOCK_N"]),
@@ -173,7 +174,7 @@ def backward(
         return batch * tiles
 
     def launch_key_value(configuration: dict) -> int:
-        tiles = triton.cdiv(tokens, configuration["BLOCK_N"])
+        tiles = cdiv(tokens, configuration["BLOCK_N"])
         _backward_key_value_kernel[(batch * heads * tiles,)](
             grad_out, qkv, mask, bias, log_sum_exp, delta, grad_qkv, partial[written:], *sizes,
             WHOLE_ROW=tokens <= configuration["BLOCK_M"], TAIL=_backward_tail(tokens, configuration["BLOCK_M"]),
@@ -197,9 +198,9 @@ def backward_bias(
     sizes = (batch // windows, tokens, heads, windows, *_strides(qkv), *grad_out.stride())
 
     def launch(configuration: dict) -> Tensor:
-        tiles = triton.cdiv(tokens, configuration["BLOCK_M"]) * triton.cdiv(tokens, configuration["BLOCK_N"])
+        tiles = cdiv(tokens, configuration["BLOCK_M"]) * cdiv(tokens, configuration["BLOCK_N"])
         tiles_of_bias = windows * heads * tiles
-        chunks = min(batch // windows, triton.cdiv(BIAS_PROGRAMS, tiles_of_bias))
+        chunks = min(batch // windows, cdiv(BIAS_PROGRAMS, tiles_of_bias))
         partial = bias.new_empty((chunks, *bias.shape), dtype=log_sum_exp.dtype)
         _backward_bias_kernel[(tiles_of_bias * chunks,)](
             grad_out, qkv, mask, bias, out, log_sum_exp, partial, *sizes, chunks,
@@ -221,7 +222,7 @@ def _most_programs(configurations: dict, block: str, qkv: Tensor) -> int:
     """How many programs a head takes, all sequences together, in the configuration that takes most of them."""
     batch, tokens, _, _, head_dim = qkv.shape
     candidates = configurations[qkv.element_size(), 64 if head_dim <= 64 else 128]
-    return batch * max(triton.cdiv(tokens, configuration[block]) for configuration in candidates)
+    return batch * max(cdiv(tokens, configuration[block]) for configuration in candidates)
 
 
 def _strides(qkv: Tensor) -> tuple[int, ...]:
