@@ -8,4 +8,6 @@ from torch import Tensor
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Context in which operations on the tensor's device keep their dtypes; the meta device knows no autocast."""
-    return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
