@@ -161,6 +161,7 @@ def test_ended_by_a_signal(monkeypatch, tmp_path, number):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
         time.sleep(5)
+        raise AssertionError(f"expected {number!r} to interrupt; is it ignored, as in a shell's background?")
 
     monkeypatch.setattr(processes, "_run_together", interrupt)
     later = Part("later", [python("third", WELL)], 5, 1)
