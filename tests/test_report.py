@@ -28,8 +28,7 @@ from ofb.supernet.families import count_macs
 from tests.common import tiny_swin, tiny_vit
 
 MODEL = "--model vit_tiny_patch16_224 --model-kwargs embed_dim=32 depth=2 num_heads=2 --device cpu --batch-size 128"
-# with seed 0 every epoch stays at chance
-SEARCH = "--seed 1 --epochs 4 --finetune-epochs 1 --mask-ratio-start 0.05 --mask-ratio-end 0.25 --lr 1e-3"
+SEARCH = "--epochs 4 --finetune-epochs 1 --mask-ratio-start 0.05 --mask-ratio-end 0.25 --lr 1e-3"
 PARTS = {
     "networks", "architecture", "evolution", "accuracy", "losses", "candidates", "importance", "sparsity", "left-out",
     "reconstruction", "options",
@@ -225,12 +224,16 @@ def test_its_latencies_are_those_of_the_table(runs, tmp_path):
     assert latencies_of(compared) == {} and "10.00 (25%)" in page_of(run)
 
 
-def test_the_best_epoch_is_named(runs):
-    stages = {stage: entries for stage, entries in Run.read(runs / "search").stages.items()}
-    charts = next(part for part in sections(Run.read(runs / "search")) if part.name == "accuracy").all_charts
-    for chart, entries in zip(charts, stages.values(), strict=True):
-        assert f"Best top-1 {max(entry['val_top1'] for entry in entries):.2f} % " in chart.summary
-    assert len({entry["val_top1"] for entry in stages["search"]}) > 1
+def test_the_best_epoch_is_named(runs, tmp_path):
+    """The accuracies are written over: those of so short a search may all be chance."""
+    metrics = copied(runs / "search", tmp_path / "run") / "metrics.jsonl"
+    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for entry, top1 in zip(entries, [11.0, 14.0, 12.0, 13.0, 15.0], strict=True):
+        entry["val_top1"] = top1
+    metrics.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    charts = next(part for part in sections(Run.read(tmp_path / "run")) if part.name == "accuracy").all_charts
+    for chart, best in zip(charts, ["14.00 % in epoch 2 of 4", "15.00 % in epoch 1 of 1"], strict=True):
+        assert f"Best top-1 {best}." in chart.summary
 
 
 def test_candidate_probabilities_add_up(runs):
