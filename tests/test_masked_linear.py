@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from ofb_kernels.kernels import masked_linear as kernel_of_masked_linear
 from ofb_kernels.kernels.column_sums import column_sums
 from ofb_kernels.kernels.common import hidden_multiple
-from ofb_kernels.kernels.fold import weight_gradient
+from ofb_kernels.kernels.fold import fold, weight_gradient
 from ofb_kernels.kernels.product import describable, is_persistent
 from ofb_kernels.kernels.tuning import run_configured
 from ofb_kernels.ops.masked_linear import ACTIVATIONS, masked_linear
@@ -119,6 +119,13 @@ def test_same_bits_twice(backend, device):
         return out, *torch.autograd.grad(out.square().sum(), leaves)
 
     assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+
+
+def test_a_weight_of_the_right_dtype_is_taken_as_it_is_whatever_the_bias(device):
+    """What the op keeps for its backward follows from the weight's dtype alone."""
+    weight, bias = torch.randn(24, 16, device=device, dtype=torch.float16), torch.randn(24, device=device)
+    taken, cast = fold(weight, bias, None, torch.float16)
+    assert taken is weight and torch.equal(cast, bias.half())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,11 +20,11 @@ _WRITES_ACCUMULATOR = "dtype" in torch.ops.aten.mm.overloads() and torch.version
 
 
 def fold(weight: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """W ⊙ m (N, K) and b ⊙ m (N,) in `dtype`, contiguous. Without a mask W and b as they are in that dtype."""
+    """W ⊙ m (N, K) and b ⊙ m (N,) in `dtype`. Without a mask, W itself where it has that dtype, or the copy of `Casts`."""
     if mask is None:
-        cast = cast_at_once(weight, dtype), cast_at_once(bias, dtype)
-        if all(each is None or each.dtype == dtype for each in cast):
-            return cast
+        weight, bias = cast_at_once(weight, dtype), cast_at_once(bias, dtype)
+        if weight.dtype == dtype:
+            return weight, None if bias is None else bias.to(dtype)
     columns, inner = weight.shape
     folded_weight = weight.new_empty((columns, inner), dtype=dtype)
     folded_bias = None if bias is None else bias.new_empty(columns, dtype=dtype)
