@@ -188,6 +188,31 @@ def test_resumed_search_equals_an_uninterrupted_one(steps):
         assert torch.equal(parameter, expected[name]), name
 
 
+def test_total_is_the_weighted_sum_of_its_parts():
+    """Weights as they stand, and a reconstruction as large as the classification: its balance has no gradient."""
+    supernet = make_supernet(dtype=torch.float64, one_hot_weight=0.3, one_hot_delay=0.0, macs_weight=70.0, pace=0.0)
+    images, targets = make_batch(dtype=torch.float64)
+    decoder = supernet.masked_images.decoder.weight
+
+    def losses():
+        torch.manual_seed(0)
+        return supernet.loss(images, targets)
+
+    parts = losses()
+    assert min(parts.one_hot, parts.macs, parts.reconstruction) > 1e-3
+    expected = parts.classification + 0.3 * parts.one_hot + 70 * parts.macs + parts.classification
+    torch.testing.assert_close(parts.total, expected, check_dtype=False, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(parts.total, decoder)
+    direction, step, ends = torch.randn_like(decoder), 1e-4, []
+    for way in (step, -step):
+        with torch.no_grad():
+            decoder += way * direction
+            ends.append(losses().reconstruction.double())
+            decoder -= way * direction
+    slope = parts.classification / parts.reconstruction * (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), slope, check_dtype=False, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("residual_mask", RESIDUAL_MASKS)
 def test_no_host_synchronization_between_prunes(residual_mask):
     """Tensors on the meta device have no values: whatever waits for one raises there."""
