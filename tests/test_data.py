@@ -140,7 +140,7 @@ def test_model_and_digits_must_fit():
 
 def test_batch_larger_than_the_data():
     config = TrainConfig(batch_size=4096, **DIGITS_MODEL)
-    with pytest.raises(ValueError, match="batch_size: expected no more than the training images, got 4096"):
+    with pytest.raises(ValueError, match="the 1197 training images, got 4096; give a smaller --batch-size"):
         create_loaders(config, create_model(config), CPU)
     assert len(create_loaders(EvaluateConfig(checkpoint="x", batch_size=4096), create_model(config), CPU).test) == 1
 

@@ -164,7 +164,11 @@ def create_loaders(config: DataConfig, model: nn.Module, device: torch.device) -
     make = _digits_loaders if config.data == "digits" else _timm_loaders
     loaders = make(config, model, device)
     if isinstance(config, TrainingConfig) and len(loaders.train) == 0:
-        raise ValueError(f"batch_size: expected no more than the training images, got {config.batch_size}")
+        images = len(loaders.train.dataset)
+        raise ValueError(
+            f"batch_size: expected no more than the {images} training images, got {config.batch_size}; "
+            "give a smaller --batch-size"
+        )
     return loaders
 
 
