@@ -285,7 +285,7 @@ def _tail(tokens: int, block: int) -> int:
 
 
 def _backward_tail(tokens: int, block: int) -> int:
-    """The same, but `block` where it would save less than three quarters of one of several tiles.
+    """As `_tail`, but `block` where a smaller one would save less than three quarters of one of several tiles.
 
     A second size of tile has code of its own. By instructions it pays from there on, and less takes registers.
     """
