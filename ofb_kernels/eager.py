@@ -17,6 +17,8 @@ from ofb_kernels.autocast import without_autocast
 from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
 from ofb_kernels.rows import as_rows, few_rows
 
+BAND = 32  # rows of an averaging matrix in one product: fewer multiply fewer zeros, more make better products
+
 
 def bimask(
     score: Tensor, alpha: Tensor, head_counts: Tensor, channel_counts: Tensor, lam: Tensor, alive: Tensor
@@ -101,18 +103,20 @@ def add_branch(
 
 def local_norm(images: Tensor, window: int, eps: float) -> Tensor:
     """The window mean is separable: two products with banded averaging matrices instead of window² additions."""
-    images = images.contiguous()
-    height, width = images.shape[-2:]
-    rows, row_counts = _averaging_matrix(height, window, images)
-    columns, column_counts = _averaging_matrix(width, window, images)
+    planes = images.flatten(0, 1)
+    rows, row_counts = _averaging_bands(planes.shape[1], window, planes)
+    columns, column_counts = _averaging_bands(planes.shape[2], window, planes)
+
+    def window_mean(values: Tensor) -> Tensor:
+        across = torch.cat([values[..., near] @ weights.t() for near, weights in columns], 2)
+        return torch.cat([weights @ across[:, near] for near, weights in rows], 1)
 
     pixels = row_counts[:, None] * column_counts
-    mean = rows @ images @ columns.t()
+    mean = window_mean(planes)
     # In place from here: fresh memory for an image batch costs more than the arithmetic on it.
-    squares = images.square()
-    variance = torch.matmul(rows @ squares, columns.t(), out=squares).addcmul_(mean, mean, value=-1)
+    variance = window_mean(planes.square()).addcmul_(mean, mean, value=-1)
     variance = variance.mul_(pixels / (pixels - 1).clamp(min=1)).clamp_(min=0)
-    return torch.sub(images, mean, out=mean).mul_(variance.add_(eps).rsqrt_())
+    return torch.sub(planes, mean, out=mean).mul_(variance.add_(eps).rsqrt_()).view(images.shape)
 
 
 def masked_reconstruction_loss(
@@ -228,11 +232,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
 class _MaskedLayerNorm(torch.autograd.Function):
     """LayerNorm weighted by the mask, its backward in closed form: autograd's own takes about twice as long.
 
-    With d = x − mean, r = 1 / standard deviation, M = Σ m and, for each row, c1 = Σ dy ⊙ w ⊙ m / M and
-    c2 = r²·Σ dy ⊙ w ⊙ m ⊙ d / M:
+    With r = 1 / standard deviation, n = r·(x − mean), s = m / Σ m, and for each row c1 = Σ dy ⊙ w ⊙ s and
+    c2 = Σ dy ⊙ w ⊙ s ⊙ n:
 
-    dx = r·m ⊙ (dy ⊙ w − c1 − c2·d),   dw = m ⊙ Σ_rows r·dy ⊙ d,   db = m ⊙ Σ_rows dy
-    dm = w ⊙ Σ_rows r·dy ⊙ d + b ⊙ Σ_rows dy − Σ_rows r·(c1·d + ½·c2·(d² − variance))
+    dx = r·m ⊙ (dy ⊙ w − c1 − c2·n),   dw = m ⊙ Σ_rows dy ⊙ n,   db = m ⊙ Σ_rows dy
+    dm = w ⊙ Σ_rows dy ⊙ n + b ⊙ Σ_rows dy − Σ_rows (c1·n + ½·c2·(n² − Σ s ⊙ n²))
 
     Fresh memory of x's size costs a CPU several passes over memory in use: the forward takes only its output, the
     backward two buffers, and everything is written over what is no longer needed.
@@ -248,28 +252,27 @@ class _MaskedLayerNorm(torch.autograd.Function):
         torch.sub(x, mean, out=out).mul_(rstd).mul_(weight * mask)
         if bias is not None:
             out.add_(bias * mask)
-        ctx.eps = eps
-        ctx.save_for_backward(x, mean, rstd, weight, bias, mask)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, mask, share)
         return out.view(x.shape)  # torch.compile (2.11) loses the gradient of a result written in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        x, mean, rstd, weight, bias, mask = ctx.saved_tensors
+        x, mean, rstd, weight, bias, mask, share = ctx.saved_tensors
         with without_autocast(grad_out):
             shape = x.shape
             x, grad_out, mean, rstd = (as_rows(t) for t in (x, grad_out, mean, rstd))
-            r, share = rstd[:, 0], weight * mask / mask.sum()
-            centered = x - mean
-            buffer = grad_out * centered
-            c1, c2 = grad_out @ share, buffer @ share * r.square()
-            grad_scale, grad_shift = r @ buffer, grad_out.sum(0)
-            squares = torch.mul(centered, centered, out=buffer)
-            through_variance = (r * c2) @ squares - (r * c2) @ (r**-2 - ctx.eps)
-            grad_mask = weight * grad_scale - (r * c1) @ centered - 0.5 * through_variance
+            weighted = weight * share
+            normal = (x - mean).mul_(rstd)
+            buffer = grad_out * normal
+            c1, c2 = grad_out @ weighted, buffer @ weighted
+            grad_scale, grad_shift = buffer.sum(0), grad_out.sum(0)
+            through_variance = c2 @ torch.mul(normal, normal, out=buffer)
+            through_variance -= through_variance @ share
+            grad_mask = weight * grad_scale - c1 @ normal - 0.5 * through_variance
             if bias is not None:
                 grad_mask += bias * grad_shift
-            grad_x = centered.mul_(-c2[:, None]).sub_(c1[:, None]).addcmul_(grad_out, weight).mul_(mask).mul_(rstd)
+            grad_x = normal.mul_(-c2[:, None]).sub_(c1[:, None]).addcmul_(grad_out, weight).mul_(mask).mul_(rstd)
         grad_bias = None if bias is None else mask * grad_shift
         return grad_x.view(shape), mask * grad_scale, grad_bias, grad_mask, None
 
@@ -280,9 +283,12 @@ def _staircase(counts: Tensor, units: int, like: Tensor) -> Tensor:
     return (rank[:, None] < counts[:, None]).to(like.dtype)
 
 
-def _averaging_matrix(size: int, window: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The (size, size) matrix that averages over a window cut off at the ends, and how many entries each row has."""
-    position = torch.arange(size, device=like.device)
-    inside = ((position[:, None] - position).abs() <= window // 2).to(like.dtype)
+def _averaging_bands(size: int, window: int, like: Tensor) -> tuple[list[tuple[slice, Tensor]], Tensor]:
+    """The (size, size) matrix that averages over a window cut off at the ends, BAND rows at a time: which of their
+    entries are not all zero, and these. And how many entries the window of each row has."""
+    position, half = torch.arange(size, device=like.device), window // 2
+    inside = ((position[:, None] - position).abs() <= half).to(like.dtype)
     counts = inside.sum(1)
-    return inside / counts[:, None], counts
+    bands = (inside / counts[:, None]).split(BAND)
+    nears = [slice(max(0, i * BAND - half), (i + 1) * BAND + half) for i in range(len(bands))]
+    return [(near, rows[:, near]) for near, rows in zip(nears, bands, strict=True)], counts
