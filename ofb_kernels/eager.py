@@ -17,7 +17,7 @@ from ofb_kernels.autocast import without_autocast
 from ofb_kernels.reference import ACTIVATIONS, candidate_probabilities, unit_ranks
 from ofb_kernels.rows import as_rows, few_rows
 
-BAND = 32  # rows of an averaging matrix in one product: fewer multiply fewer zeros, more make better products
+BAND = 32  # rows of the averaging matrix in a product: with fewer there are fewer zeros to multiply, and more products
 
 
 def bimask(
@@ -284,11 +284,16 @@ def _staircase(counts: Tensor, units: int, like: Tensor) -> Tensor:
 
 
 def _averaging_bands(size: int, window: int, like: Tensor) -> tuple[list[tuple[slice, Tensor]], Tensor]:
-    """The (size, size) matrix that averages over a window cut off at the ends, BAND rows at a time: which of their
-    entries are not all zero, and these. And how many entries the window of each row has."""
+    """The matrix (size, size) that averages over a window cut off at the ends, and how many entries each window has.
+
+    The matrix comes BAND rows at a time: the columns in which these are not all zero, and the rows' entries there. A
+    compiler gets it whole, as parts would make another graph for each size.
+    """
     position, half = torch.arange(size, device=like.device), window // 2
     inside = ((position[:, None] - position).abs() <= half).to(like.dtype)
     counts = inside.sum(1)
-    bands = (inside / counts[:, None]).split(BAND)
-    nears = [slice(max(0, i * BAND - half), (i + 1) * BAND + half) for i in range(len(bands))]
-    return [(near, rows[:, near]) for near, rows in zip(nears, bands, strict=True)], counts
+    matrix = inside / counts[:, None]
+    if torch.compiler.is_compiling():
+        return [(slice(None), matrix)], counts
+    columns = [slice(max(0, start - half), start + BAND + half) for start in range(0, size, BAND)]
+    return [(near, rows[:, near]) for near, rows in zip(columns, matrix.split(BAND), strict=True)], counts

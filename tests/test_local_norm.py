@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from ofb_kernels.ops.local_norm import local_norm
 from ofb_kernels.testing import PERTURBATIONS, assert_accurate, error_bound
@@ -97,6 +98,17 @@ def test_compiles_to_one_graph(backend, device):
     images = torch.randn(2, 3, 9, 11, device=device)
     compiled = torch.compile(lambda x: local_norm(x, 5, backend=backend), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), local_norm(images, 5, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_once_for_all_sizes(backend, device):
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: local_norm(x, 5, backend=backend), fullgraph=True, dynamic=True, backend=graphs)
+    for height, width in [(9, 11), (40, 35), (64, 96), (130, 7)]:
+        images = torch.randn(2, 3, height, width, device=device)
+        torch.testing.assert_close(compiled(images), local_norm(images, 5, backend=backend))
+    assert graphs.frame_count == 1
 
 
 def test_opcheck(device):
