@@ -20,7 +20,7 @@ _WRITES_ACCUMULATOR = "dtype" in torch.ops.aten.mm.overloads() and torch.version
 
 
 def fold(weight: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """W ⊙ m (N, K) and b ⊙ m (N,) in `dtype`. Without a mask, W itself if it has that, or `Casts`' copy."""
+    """W ⊙ m (N, K) and b ⊙ m (N,) in `dtype`. Without a mask: W itself if its dtype is that, or `Casts`' copy."""
     if mask is None:
         weight, bias = cast_at_once(weight, dtype), cast_at_once(bias, dtype)
         if weight.dtype == dtype:
