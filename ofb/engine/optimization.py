@@ -28,10 +28,21 @@ class Diverged(FloatingPointError):
 def make_optimizer(
     parameters: nn.Module | Iterable[dict[str, Any]], config: TrainingConfig, lr_at_256: float, **options: Any
 ) -> Optimizer:
-    """The config's timm optimizer over a model or over parameter groups, torch's own in a single kernel."""
+    """The config's timm optimizer over a model or over parameter groups, torch's own in a single kernel.
+
+    Raises:
+        ValueError: timm's optimizer does not run here.
+    """
     if config.opt == "adamw":
         options |= {"fused": True, "capturable": no_cuda_graph(config, pick_device(config)) is None}
-    return create_optimizer_v2(parameters, opt=config.opt, lr=config.scaled_lr(lr_at_256), **options)
+    try:
+        optimizer = create_optimizer_v2(parameters, opt=config.opt, lr=config.scaled_lr(lr_at_256), **options)
+    except (AssertionError, ImportError) as error:  # of bitsandbytes and APEX
+        raise ValueError(f"opt: expected one that runs here, got {config.opt}: {error}; take adamw") from error
+    if getattr(optimizer, "is_second_order", False):
+        needs = "which needs the gradient of a gradient, and attention has none"
+        raise ValueError(f"opt: expected an optimizer of first order, got {config.opt}, {needs}; take adamw")
+    return optimizer
 
 
 class Optimization:

@@ -1,11 +1,22 @@
 """Which of a supernet's parameters an optimizer treats alike."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 # Adam carries a parameter about as far as learning rate × steps: how far, in a whole search.
 TRAVEL = {"architecture": 25.0, "score": 0.5}
+
+
+class ArchitectureGroup(dict):
+    """A parameter group with its own first and last beta, whether its optimizer has two of them or more."""
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """What an optimizer fills up its groups' options with; of its own betas those in between are taken."""
+        if name == "betas" and len(default) > len(self["betas"]):
+            self["betas"] = (self["betas"][0], *default[1:-1], self["betas"][-1])
+        return super().setdefault(name, default)
 
 
 def parameter_groups(
@@ -29,7 +40,7 @@ def parameter_groups(
             parameters[_group_of(name, parameter)].append(parameter)
     groups = {name: {"params": parameters[name], "weight_decay": 0.0} for name in names}
     groups["decay"]["weight_decay"] = weight_decay
-    groups["architecture"]["betas"] = (0.5, 0.999)
+    groups["architecture"] = ArchitectureGroup(groups["architecture"], betas=(0.5, 0.999))
     for name, travel in TRAVEL.items():
         groups[name]["lr"] = travel / total_steps if rates[name] is None else rates[name]
     return list(groups.values())

@@ -1,12 +1,13 @@
 """Physical removal of units: parameters and optimizer moments shrink alike, and parameters stay the same objects."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Number
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 from ofb.supernet.search_space import Size
 
@@ -43,12 +44,11 @@ def keep_units(
     Raises:
         ValueError: the optimizer's moments cannot follow; nothing has been changed then.
     """
-    selections = []
-    for coupling in couplings:
-        parameter = attrgetter(coupling.parameter)(module)
-        selections.append((parameter, coupling.dim, coupling.index(index, size), _moments(parameter, optimizer)))
-    for parameter, dim, repeated, moments in selections:
-        _select(parameter, dim, repeated, moments)
+    couplings = list(couplings)
+    parameters = [attrgetter(coupling.parameter)(module) for coupling in couplings]
+    check_moments(parameters, optimizer)
+    for parameter, coupling in zip(parameters, couplings, strict=True):
+        _select(parameter, coupling.dim, coupling.index(index, size), _moments(optimizer).get(parameter, {}))
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
@@ -75,18 +75,48 @@ def _select(parameter: nn.Parameter, dim: int, index: Tensor, moments: dict) -> 
 
 def reset_moments(parameter: nn.Parameter, optimizer: Optimizer | None) -> None:
     """The optimizer starts this parameter afresh."""
-    if optimizer is not None:
-        optimizer.state.pop(parameter, None)
+    keeper = _keeper(optimizer)
+    if keeper is not None and keeper.state.pop(parameter, None) and isinstance(keeper, Adagrad):
+        # Others make what they keep when they first need it, Adagrad when it is made itself.
+        group = next(each for each in keeper.param_groups if any(p is parameter for p in each["params"]))
+        start = keeper.defaults["initial_accumulator_value"]
+        keeper.state |= type(keeper)([group | {"params": [parameter]}], initial_accumulator_value=start).state
 
 
-def _moments(parameter: nn.Parameter, optimizer: Optimizer | None) -> dict:
-    """The optimizer's state of a parameter; its tensors, step counters aside, must have the parameter's shape."""
-    state = optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
-            raise ValueError(
-                f"optimizer: expected {type(optimizer).__name__} to keep tensors of the parameter's shape "
-                f"{tuple(parameter.shape)}, got {key} of shape {tuple(value.shape)}; "
-                "use an optimizer with per-parameter moments, such as torch.optim.AdamW"
-            )
-    return state
+def check_moments(parameters: Iterable[Tensor], optimizer: Optimizer | None) -> None:
+    """Make sure that whatever an optimizer keeps of these parameters can follow them to another shape.
+
+    Raises:
+        ValueError: it keeps more than numbers and tensors of the parameter's own shape.
+    """
+    if getattr(optimizer, "is_second_order", False):
+        raise _cannot_follow(optimizer, "a parameter's Hessian beside it")
+    moments = _moments(optimizer)
+    for parameter in parameters:
+        for key, value in moments.get(parameter, {}).items():
+            if not _follows(value, parameter):
+                kept = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise _cannot_follow(optimizer, f"{key}, {kept}, of a parameter of shape {tuple(parameter.shape)}")
+
+
+def _cannot_follow(optimizer: Optimizer, kept: str) -> ValueError:
+    return ValueError(
+        "optimizer: expected one that keeps numbers, and tensors of a parameter's shape, which are pruned with it, got "
+        f"{type(optimizer).__name__}, which keeps {kept}; take another, such as torch.optim.AdamW"
+    )
+
+
+def _keeper(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer that keeps the moments: timm's Lookahead leaves them to the one that it wraps."""
+    return getattr(optimizer, "_base_optimizer", optimizer)
+
+
+def _moments(optimizer: Optimizer | None) -> Mapping:
+    """What an optimizer keeps, of each parameter."""
+    return {} if optimizer is None else _keeper(optimizer).state
+
+
+def _follows(value: object, parameter: Tensor) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 or value.shape == parameter.shape
+    return value is None or isinstance(value, Number)

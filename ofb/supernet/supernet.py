@@ -21,7 +21,7 @@ from ofb.supernet.latency import LatencyTable
 from ofb.supernet.losses import Criterion, Losses
 from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
-from ofb.supernet.pruning import Coupling, keep_units
+from ofb.supernet.pruning import Coupling, check_moments, keep_units
 from ofb.supernet.schedules import Course
 from ofb.supernet.search_space import TOKENS, SearchSpace
 from ofb.supernet.stack import Joined, Stacks
@@ -281,7 +281,12 @@ class Supernet(nn.Module):
 
         Returns:
             Whether there was a pruning event.
+
+        Raises:
+            ValueError: what the optimizer keeps cannot follow; said after its first step, and nothing has been changed.
         """
+        if self.steps == 0:
+            check_moments(self.parameters(), optimizer)
         self.steps += 1
         self._set_schedules()
         if self.finished:
@@ -301,6 +306,7 @@ class Supernet(nn.Module):
 
     def prune(self, optimizer: Optimizer | None = None) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
+        check_moments(self.parameters(), optimizer)
         surviving = decisions.survivors(
             self.bimasks,
             self.costs,
@@ -314,6 +320,7 @@ class Supernet(nn.Module):
 
     def finalize(self, optimizer: Optimizer | None = None) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
+        check_moments(self.parameters(), optimizer)
         chosen = decisions.choose(self.bimasks, self.costs, self.target)
         for name, bimask in self.bimasks.items():
             if not bimask.final:
