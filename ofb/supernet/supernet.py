@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -23,7 +24,7 @@ from ofb.supernet.masked_images import MaskedImages
 from ofb.supernet.parameter_groups import parameter_groups
 from ofb.supernet.pruning import Coupling, check_moments, keep_units
 from ofb.supernet.schedules import Course
-from ofb.supernet.search_space import TOKENS, SearchSpace
+from ofb.supernet.search_space import TOKENS, SearchSpace, Size
 from ofb.supernet.stack import Joined, Stacks
 from ofb.supernet.targets import Limits, Target, amounts, parse_target
 from ofb_kernels import use_backend
@@ -32,6 +33,7 @@ from ofb_kernels.reference import one_hotness
 
 RESIDUAL_MASKS = ("stream", "input")
 SCORE_INITS = ("taylor", "magnitude", "random")
+STATE_BYTES = 256  # for the choice of a submodule
 AllMasks = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
@@ -271,32 +273,38 @@ class Supernet(nn.Module):
         """Whether every submodule's size is final."""
         return all(bimask.final for bimask in self.bimasks.values())
 
-    def step(self, optimizer: Optimizer | None = None) -> bool:
+    def step(self, optimizer: Optimizer | None = None, copies: Iterable["Supernet"] = ()) -> bool:
         """Advance the schedules after an optimizer step, and prune when it is time.
 
         After the last step all sizes are final. No host synchronization but at pruning events.
 
         Args:
             optimizer: its moments follow the parameters' shapes; None where none holds any.
+            copies: supernets made as copies of this one, such as the `module` of a weight average, which go the same
+                way: their schedules are advanced, the same units removed.
 
         Returns:
             Whether there was a pruning event.
 
         Raises:
             ValueError: what the optimizer keeps cannot follow; said after its first step, and nothing has been changed.
+                Or a copy is none.
         """
         if self.steps == 0:
             check_moments(self.parameters(), optimizer)
+        copies = self._checked_copies(copies)
         self.steps += 1
-        self._set_schedules()
+        for each in (self, *copies):
+            each.steps, each.targets_passed = self.steps, self.targets_passed
+            each._set_schedules()
         if self.finished:
             return False
         prunes = self.course.prunes_after(self.steps, self.targets_passed)
         if prunes:
-            self.prune(optimizer)
+            self.prune(optimizer, copies)
         ends = self.steps >= self.total_steps
         if ends:
-            self.finalize(optimizer)
+            self.finalize(optimizer, copies)
         return prunes or ends
 
     def next_target(self) -> None:
@@ -304,7 +312,7 @@ class Supernet(nn.Module):
         self.targets_passed += 1
         self._set_schedules()
 
-    def prune(self, optimizer: Optimizer | None = None) -> None:
+    def prune(self, optimizer: Optimizer | None = None, copies: Iterable["Supernet"] = ()) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
         check_moments(self.parameters(), optimizer)
         surviving = decisions.survivors(
@@ -316,15 +324,15 @@ class Supernet(nn.Module):
         )
         for name, bimask in self.bimasks.items():
             if bimask.oversized or not torch.equal(bimask.alive, surviving[name]):
-                self._keep_candidates(name, surviving[name], optimizer, how="pruned")
+                self._keep_candidates(name, surviving[name], optimizer, "pruned", copies)
 
-    def finalize(self, optimizer: Optimizer | None = None) -> None:
+    def finalize(self, optimizer: Optimizer | None = None, copies: Iterable["Supernet"] = ()) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
         check_moments(self.parameters(), optimizer)
         chosen = decisions.choose(self.bimasks, self.costs, self.target)
         for name, bimask in self.bimasks.items():
             if not bimask.final:
-                self._keep_candidates(name, bimask.holds(*chosen[name]), optimizer, how="chosen")
+                self._keep_candidates(name, bimask.holds(*chosen[name]), optimizer, "chosen", copies)
 
     @torch.no_grad()
     def extract(self) -> nn.Module:
@@ -399,22 +407,38 @@ class Supernet(nn.Module):
 
     # ---- saving and loading ----
 
-    def get_extra_state(self) -> dict:
-        return {"steps": self.steps, "choices": self.choices, "targets_passed": self.targets_passed}
+    def get_extra_state(self) -> Tensor:
+        """What is no tensor, as the bytes of its JSON, always as many: a state of tensors alone can be averaged."""
+        state = {"steps": self.steps, "targets_passed": self.targets_passed, "choices": self.choices}
+        text = json.dumps(state).ljust(STATE_BYTES * (1 + len(self.bimasks)))
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict) -> None:
-        self.steps, self.choices, self.targets_passed = state["steps"], list(state["choices"]), state["targets_passed"]
+    def set_extra_state(self, state: Tensor) -> None:
+        for name, value in json.loads(bytes(state.tolist())).items():
+            setattr(self, name, value)
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
-        """Load a state, first cutting this supernet to the sizes it had when the state was saved."""
+        """Load a state, first cutting this supernet to the sizes it had when the state was saved.
+
+        Raises:
+            ValueError: it is no state of such a supernet; nothing has been changed then.
+        """
+        kinds = ("alive", "head_counts", "channel_counts")
+        needed = [f"bimasks.{name}.{kind}" for name in self.bimasks for kind in kinds] + ["_extra_state"]
+        lacking = [key for key in needed if not isinstance(state_dict.get(key), Tensor)]
+        if lacking:
+            raise ValueError(
+                "state_dict: expected what the state_dict() of a supernet over the same model gave in this version, "
+                f"lacking the tensor {lacking[0]}; make the supernet as it was made then"
+            )
         for name, bimask in self.bimasks.items():
-            saved = {kind: state_dict[f"bimasks.{name}.{kind}"] for kind in ("alive", "head_counts", "channel_counts")}
+            saved = {kind: state_dict[f"bimasks.{name}.{kind}"] for kind in kinds}
             size = (int(saved["head_counts"][-1]), int(saved["channel_counts"][-1]))
             rows, columns = saved["alive"].shape
             alive = torch.zeros_like(bimask.alive)
             alive[:rows, :columns] = saved["alive"]
             if size != bimask.candidates.full or not torch.equal(alive, bimask.alive):
-                self._keep_candidates(name, alive, optimizer=None, how=None)
+                self._cut(name, alive, *bimask.units_kept_by(alive), optimizer=None)
         result = super().load_state_dict(state_dict, strict, assign)
         for bimask in self.bimasks.values():
             bimask.refresh()
@@ -478,6 +502,20 @@ class Supernet(nn.Module):
             sizes.append(self.bimasks[TOKENS].probabilities().flatten())
         return one_hot, sizes
 
+    def _checked_copies(self, copies: Iterable["Supernet"]) -> tuple["Supernet", ...]:
+        copies = tuple(copies)
+        sizes = {name: bimask.candidates for name, bimask in self.bimasks.items()}
+        for each in copies:
+            if not isinstance(each, Supernet):
+                got = type(each).__name__
+                raise ValueError(f"copies: expected supernets, such as the `module` of an AveragedModel, got {got}")
+            if {name: bimask.candidates for name, bimask in each.bimasks.items()} != sizes:
+                raise ValueError(
+                    "copies: expected supernets with the sizes of this one, got others; give them to every step() from "
+                    "the one after they were made"
+                )
+        return copies
+
     def _build_stacks(self) -> None:
         self.revision += 1
         self.stacks = Stacks(self.bimasks, self.score_penalties)
@@ -488,12 +526,36 @@ class Supernet(nn.Module):
         self.one_hot_factor.fill_(self.one_hot_weight if self.course.sharpens(self.steps) else 0.0)
         self.goals.set(self.targets_passed, self.course.way(self.steps, self.targets_passed))
 
-    def _keep_candidates(self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str | None) -> None:
-        """Remove the units no living candidate keeps, then the dead candidates, and note a size that became final."""
+    def _keep_candidates(
+        self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str, copies: Iterable["Supernet"]
+    ) -> None:
+        """Remove the units no living candidate keeps, then the dead candidates, from the copies too, and note a size
+        that became final."""
         bimask = self.bimasks[name]
-        size_probability = bimask.sizes(bimask.alive)
-        index, (heads, channels) = bimask.units_kept_by(alive)
-        if (heads, channels) != bimask.candidates.full:
+        probabilities = bimask.sizes(bimask.alive)
+        index, size = bimask.units_kept_by(alive)
+        for each in copies:
+            each._cut(name, alive, index, size, optimizer=None)
+        self._cut(name, alive, index, size, optimizer)
+        if bimask.final:
+            heads, channels = size
+            self.choices.append(
+                {
+                    "submodule": name,
+                    "size": [heads, channels] if name.startswith("attn") else channels,
+                    "how": how,
+                    "probability": probabilities[size],
+                    "step": self.steps,
+                }
+            )
+            for each in copies:
+                each.choices = list(self.choices)
+
+    def _cut(self, name: str, alive: Tensor, index: Tensor, size: Size, optimizer: Optimizer | None) -> None:
+        """Keep of a submodule the units at `index`, of this size, and the candidates in `alive`."""
+        bimask = self.bimasks[name]
+        if size != bimask.candidates.full:
+            index = index.to(bimask.score.device)
             keep_units(self, self.couplings[name], index, bimask.candidates.full, optimizer)
         bimask.keep_candidates(alive, self.lam, optimizer)
         attention = [b.candidates.full for n, b in self.bimasks.items() if n.startswith("attn")]
@@ -501,12 +563,6 @@ class Supernet(nn.Module):
         if self.masked_images is not None:
             self.masked_images.decoder.in_features = self.masked_images.decoder.weight.shape[1]
         self._build_stacks()
-        if bimask.final and how is not None:
-            size = [heads, channels] if name.startswith("attn") else channels
-            probability = size_probability[heads, channels]
-            self.choices.append(
-                {"submodule": name, "size": size, "how": how, "probability": probability, "step": self.steps}
-            )
 
     def _couplings(self, name: str, couplings: tuple[Coupling, ...]) -> list[Coupling]:
         """The model's couplings under their names here, plus what here has the submodule's units."""
