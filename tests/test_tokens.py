@@ -134,7 +134,7 @@ def test_macs_and_parameters_are_exact_at_every_number_of_patches(kind):
     for patches in (8, 12, 16):
         supernet = make_token_supernet(kind, target={"macs": "90%", "params": "99%"})
         alive = supernet.bimasks["tokens"].holds(1, patches)
-        supernet._keep_candidates("tokens", alive, None, None)
+        supernet._keep_candidates("tokens", alive, None, "pruned")
         model = supernet.model
         sizes = widest | {"tokens": (1, patches)}
         with torch.device("meta"):
@@ -168,7 +168,7 @@ def test_expected_macs_are_exact_in_p():
 def test_masked_patches_are_kept_ones_and_rebuilt_at_their_own_place(monkeypatch):
     supernet = make_token_supernet().eval()
     alive = supernet.bimasks["tokens"].holds(1, 8)
-    supernet._keep_candidates("tokens", alive, None, None)
+    supernet._keep_candidates("tokens", alive, None, "pruned")
     positions = kept_patches(supernet.model).positions
     assert len(positions) == 8 and positions.max() > 7
     seen = {}

@@ -15,7 +15,8 @@ from ofb.supernet import decisions, ranking
 from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, reachable
 from ofb.supernet.cost_kinds import costs_of
-from ofb.supernet.families import FAMILIES, family_of
+from ofb.supernet.equivalence import check_equivalence
+from ofb.supernet.families import FAMILIES, check, family_of
 from ofb.supernet.families.tokens import kept_patches, search_tokens
 from ofb.supernet.goals import Goals
 from ofb.supernet.latency import LatencyTable
@@ -80,6 +81,8 @@ class Supernet(nn.Module):
         latency_table: for a target of latency, what `ofb.measure_latency` gave on the device that matters; if None, it
             is measured now, for one image on the model's device.
         backend: backend of all ops, None for the package's choice.
+        verify: whether to make sure, on two random images, that the supernet computes what the model does while all
+            masks are one.
 
     Raises:
         ValueError: the model cannot be searched, the target is out of reach, or an argument is out of range.
@@ -115,6 +118,7 @@ class Supernet(nn.Module):
         prune_threshold: float = 0.2,
         latency_table: LatencyTable | None = None,
         backend: str | None = None,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         targets = (target, *later_targets)
@@ -145,6 +149,7 @@ class Supernet(nn.Module):
                 "criterion: expected one of your own for a model without a classifier (num_classes=0), got None; "
                 "it is given what the model returns"
             )
+        check(model)
         self.model, space = model, space or SearchSpace()
         self.family_name = family_of(model).NAME
         if space.tokens:
@@ -191,6 +196,9 @@ class Supernet(nn.Module):
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
+        if verify and not weight.is_meta:
+            with self._backend(), self._casts_at_once():
+                check_equivalence(model, self.family, full, self._norm_masks().keys())
 
     @property
     def family(self) -> ModuleType:
@@ -527,7 +535,7 @@ class Supernet(nn.Module):
         self.goals.set(self.targets_passed, self.course.way(self.steps, self.targets_passed))
 
     def _keep_candidates(
-        self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str, copies: Iterable["Supernet"]
+        self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str, copies: Iterable["Supernet"] = ()
     ) -> None:
         """Remove the units no living candidate keeps, then the dead candidates, from the copies too, and note a size
         that became final."""

@@ -8,7 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ofb.supernet.families import eva, swin, vit
+from ofb.supernet.families import eva, own_forward, swin, vit, vit_checks
 
 KINDS = (VisionTransformer, Eva, SwinTransformer)
 EXAMPLES = ("deit_small_patch16_224", "vit_small_patch16_dinov3", "swin_tiny_patch4_window7_224")
@@ -34,17 +34,24 @@ class Support:
 def supports(model: nn.Module) -> Support:
     """Whether a model can be searched, and if not, why."""
     try:
-        family_of(model)
+        check(model)
     except ValueError as error:
         return Support(False, str(error).removeprefix("model: "))
     return Support(True)
 
 
+def check(model: nn.Module) -> None:
+    """Raise ValueError, saying why, where a model cannot be searched."""
+    if isinstance(model, KINDS):
+        vit_checks.raise_first(own_forward.obstacles(model))
+    family_of(model)
+
+
 def family_of(model: nn.Module) -> ModuleType:
-    """The family module that knows this model.
+    """The family module that knows the anatomy of this model.
 
     Raises:
-        ValueError: no family can search it; the message says why.
+        ValueError: no family does; the message says why.
     """
     family = swin if isinstance(model, SwinTransformer) else eva if isinstance(model, Eva) else vit
     family.check(model)

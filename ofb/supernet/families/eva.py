@@ -25,6 +25,7 @@ from ofb.supernet.families.vit import (
     submodules,
     sync_sizes,
     token_area,
+    unmasked_block,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "submodules",
     "sync_sizes",
     "token_area",
+    "unmasked_block",
 ]
 
 NAME = "eva"

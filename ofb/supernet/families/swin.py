@@ -56,6 +56,7 @@ __all__ = [
     "submodules",
     "sync_sizes",
     "token_area",
+    "unmasked_block",
 ]
 
 NAME = "swin"
@@ -128,6 +129,12 @@ def token_area(model: SwinTransformer) -> TokenArea:
             f"{model.patch_embed.img_size}; make the model with another img_size"
         )
     return TokenArea((patches * patch_size,) * 2, rows // patches, columns // patches, patches)
+
+
+def unmasked_block(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    """A block, all masks at one, for the tokens (B, rows, columns, D)."""
+    masks = x.new_ones(block.attn.num_heads, attentions.head_dim(block.attn)), x.new_ones(mlps.hidden_units(block.mlp))
+    return _block(block, x.flatten(1, 2), *masks, (None, None), None, None).view_as(x)
 
 
 def features(
@@ -285,6 +292,7 @@ def _obstacles(model: SwinTransformer) -> vit_checks.Obstacles:
     yield not isinstance(model.patch_embed.norm, nn.LayerNorm), "expected a LayerNorm in the patch embedding"
     yield len(set(model.patch_embed.patch_size)) > 1, "expected square patches"
     yield type(model.head) is not ClassifierHead, f"expected timm's ClassifierHead, got {type(model.head).__name__}"
+    yield from vit_checks.head_obstacles(model, {"head.fc": model.head.fc})
     norms = [module for name, module in model.named_modules() if name.split(".")[-1].startswith("norm")]
     yield not all(isinstance(norm, nn.LayerNorm | nn.Identity) for norm in norms), "expected LayerNorm everywhere"
     for name, block in _named_blocks(model):

@@ -50,6 +50,7 @@ __all__ = [
     "submodules",
     "sync_sizes",
     "token_area",
+    "unmasked_block",
 ]
 
 NAME = "vit"
@@ -105,6 +106,14 @@ def token_area(model: VisionTransformer) -> TokenArea:
 def blocks(model: VisionTransformer) -> list[nn.Module]:
     """All blocks, from the images on."""
     return list(model.blocks)
+
+
+def unmasked_block(block: nn.Module, x: Tensor, rope: Tensor | None = None, **_: object) -> Tensor:
+    """A block, all masks at one, for the tokens (B, N, D)."""
+    masks = x.new_ones(block.attn.num_heads, attentions.head_dim(block.attn)), x.new_ones(mlps.hidden_units(block.mlp))
+    none = (None, None)
+    inputs = (x, masked_norm(block.norm1, x, None), *masks, none, none, none, None, None, rope, None)
+    return _block(block, nn.Identity(), *inputs)[0]
 
 
 def features(

@@ -1,6 +1,6 @@
 """Which of timm's plain Vision Transformers can be searched, and what stands in the way of the others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
@@ -12,6 +12,7 @@ from ofb.supernet.families import attentions, mlps, pools
 from ofb.supernet.families.layers import norm_kind, present
 from ofb.supernet.families.tokens import kept_patches
 
+HEADS = ("head", "head_dist")
 Obstacles = Iterator[tuple[bool, str]]  # whether it stands in the way, and what it is
 
 
@@ -38,6 +39,7 @@ def obstacles(model: nn.Module, block_kind: type[nn.Module], attention_kinds: tu
     )
     drops = present(model.patch_drop) and kept_patches(model) is None
     yield drops, "patch_drop_rate > 0 clashes with masked image modelling"
+    yield from head_obstacles(model, {name: getattr(model, name) for name in HEADS if hasattr(model, name)})
     yield from pools.obstacles(model)
     for i, block in enumerate(model.blocks):
         kind = type(block).__name__
@@ -48,6 +50,16 @@ def obstacles(model: nn.Module, block_kind: type[nn.Module], attention_kinds: tu
     yield from _norm_obstacles(model)
     alike = {block_options(block) for block in model.blocks}
     yield len(alike) > 1, "expected the same options in all blocks"
+
+
+def head_obstacles(model: nn.Module, heads: Mapping[str, nn.Module]) -> Obstacles:
+    """A classifier that is not one linear layer for the classes that the model says it has."""
+    for name, head in heads.items():
+        kind = type(head).__name__
+        yield not isinstance(head, nn.Linear | nn.Identity), f"{name}: expected one Linear, or Identity, got {kind}"
+        outputs = getattr(head, "out_features", 0)
+        reason = f"{name}: expected num_classes={model.num_classes} outputs, got {outputs}; "
+        yield outputs != model.num_classes, f"{reason}make it with model.reset_classifier({outputs})"
 
 
 def block_options(block: nn.Module) -> tuple:
