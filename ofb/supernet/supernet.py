@@ -196,9 +196,8 @@ class Supernet(nn.Module):
         self.steps = 0
         self.choices: list[dict] = []
         self._set_schedules()
-        if verify and not weight.is_meta:
-            with self._backend(), self._casts_at_once():
-                check_equivalence(model, self.family, full, self._norm_masks().keys())
+        if verify:
+            check_equivalence(model, self.family, full, self._norm_masks().keys())
 
     @property
     def family(self) -> ModuleType:
