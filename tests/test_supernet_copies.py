@@ -115,8 +115,9 @@ def test_no_copies():
     optimizer = make_optimizer(supernet)
     train(supernet, optimizer, range(EPOCHS * STEPS - 1))
     steps = supernet.steps
-    with pytest.raises(ValueError, match="copies: expected supernets with the sizes of this one"):
-        supernet.step(optimizer, [late])
+    for change in (supernet.step, supernet.prune, supernet.finalize):
+        with pytest.raises(ValueError, match="copies: expected supernets with the sizes of this one"):
+            change(optimizer, late)
     assert (supernet.steps, late.steps) == (steps, 0)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from ofb_kernels.reference import one_hotness
 RESIDUAL_MASKS = ("stream", "input")
 SCORE_INITS = ("taylor", "magnitude", "random")
 STATE_BYTES = 256  # for the choice of a submodule
+Copies = Union["Supernet", Iterable["Supernet"]]
 AllMasks = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
@@ -280,15 +282,15 @@ class Supernet(nn.Module):
         """Whether every submodule's size is final."""
         return all(bimask.final for bimask in self.bimasks.values())
 
-    def step(self, optimizer: Optimizer | None = None, copies: Iterable["Supernet"] = ()) -> bool:
+    def step(self, optimizer: Optimizer | None = None, copies: Copies = ()) -> bool:
         """Advance the schedules after an optimizer step, and prune when it is time.
 
         After the last step all sizes are final. No host synchronization but at pruning events.
 
         Args:
             optimizer: its moments follow the parameters' shapes; None where none holds any.
-            copies: supernets made as copies of this one, such as the `module` of a weight average, which go the same
-                way: their schedules are advanced, the same units removed.
+            copies: a supernet made as a copy of this one, such as the `module` of a weight average, or several; they
+                go the same way: their schedules are advanced, the same units removed.
 
         Returns:
             Whether there was a pruning event.
@@ -319,8 +321,9 @@ class Supernet(nn.Module):
         self.targets_passed += 1
         self._set_schedules()
 
-    def prune(self, optimizer: Optimizer | None = None, copies: Iterable["Supernet"] = ()) -> None:
+    def prune(self, optimizer: Optimizer | None = None, copies: Copies = ()) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
+        copies = self._checked_copies(copies)
         check_moments(self.parameters(), optimizer)
         surviving = decisions.survivors(
             self.bimasks,
@@ -333,8 +336,9 @@ class Supernet(nn.Module):
             if bimask.oversized or not torch.equal(bimask.alive, surviving[name]):
                 self._keep_candidates(name, surviving[name], optimizer, "pruned", copies)
 
-    def finalize(self, optimizer: Optimizer | None = None, copies: Iterable["Supernet"] = ()) -> None:
+    def finalize(self, optimizer: Optimizer | None = None, copies: Copies = ()) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
+        copies = self._checked_copies(copies)
         check_moments(self.parameters(), optimizer)
         chosen = decisions.choose(self.bimasks, self.costs, self.target)
         for name, bimask in self.bimasks.items():
@@ -509,8 +513,8 @@ class Supernet(nn.Module):
             sizes.append(self.bimasks[TOKENS].probabilities().flatten())
         return one_hot, sizes
 
-    def _checked_copies(self, copies: Iterable["Supernet"]) -> tuple["Supernet", ...]:
-        copies = tuple(copies)
+    def _checked_copies(self, copies: Copies) -> tuple["Supernet", ...]:
+        copies = (copies,) if isinstance(copies, nn.Module) else tuple(copies)
         sizes = {name: bimask.candidates for name, bimask in self.bimasks.items()}
         for each in copies:
             if not isinstance(each, Supernet):
@@ -534,7 +538,7 @@ class Supernet(nn.Module):
         self.goals.set(self.targets_passed, self.course.way(self.steps, self.targets_passed))
 
     def _keep_candidates(
-        self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str, copies: Iterable["Supernet"] = ()
+        self, name: str, alive: Tensor, optimizer: Optimizer | None, how: str, copies: Sequence["Supernet"] = ()
     ) -> None:
         """Remove the units no living candidate keeps, then the dead candidates, from the copies too, and note a size
         that became final."""
