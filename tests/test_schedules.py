@@ -1,6 +1,8 @@
 """The course of a search: ramps, pruning events, and what is out of range."""
 
+import numpy as np
 import pytest
+import torch
 
 from ofb.supernet.schedules import Course, ramp
 
@@ -72,8 +74,21 @@ def test_the_one_hot_loss_sets_in_late():
         ({"prunes_per_epoch": 0}, "prunes_per_epoch: expected at least 1, got 0"),
         ({"settling": 1.5}, "settling: expected 0 to 1, got 1.5"),
         ({"mask_ratio_end": -0.1}, "mask_ratio_end: expected 0 to 1, got -0.1"),
+        ({"lam_start": float("nan")}, "lam_start: expected a finite number, got nan"),
+        ({"warmup_epochs": float("nan")}, "warmup_epochs: expected a finite number, got nan"),
+        ({"warmup_epochs": -1}, "warmup_epochs: expected 0 to 100, got -1"),
+        ({"warmup_epochs": 100.5}, "warmup_epochs: expected 0 to 100, got 100.5"),
+        ({"epochs": 10.0}, r"epochs: expected a whole number, got 10.0; round it, such as with int\(...\)"),
+        ({"epochs": float("nan")}, "epochs: expected a whole number, got nan"),
+        ({"steps_per_epoch": 2.5}, "steps_per_epoch: expected a whole number, got 2.5"),
     ],
 )
 def test_what_is_out_of_range(wrong, message):
     with pytest.raises(ValueError, match=message):
         course(**wrong)
+
+
+def test_integers_and_numbers_of_any_kind():
+    search = course(epochs=np.int64(4), steps_per_epoch=torch.tensor(10), lam_end=np.float32(0.5), warmup_epochs=4)
+    assert search == course(epochs=4, steps_per_epoch=10, lam_end=0.5, warmup_epochs=4)
+    assert type(search.total_steps) is int and type(search.lam(40)) is float

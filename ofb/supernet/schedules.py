@@ -1,8 +1,11 @@
 """What a search does at which step: λ, the share of masked patches, the one-hot loss, the goal, and when to prune."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from ofb.checks import at_least, check_numbers, within
 
 COUNTS = ("epochs", "steps_per_epoch", "targets", "prunes_per_epoch")
+SHARES = ("lam_start", "lam_end", "mask_ratio_start", "mask_ratio_end", "one_hot_delay", "pace", "settling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +41,10 @@ class Course:
     prunes_per_epoch: int
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.name != "warmup_epochs"):
-            value = getattr(self, name)
-            if name in COUNTS and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-            if name not in COUNTS and not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, got {value}")
+        check_numbers(self)
+        at_least(self, 1, *COUNTS)
+        within(self, 0, 1, *SHARES)
+        within(self, 0, self.epochs, "warmup_epochs")
 
     @property
     def total_steps(self) -> int:

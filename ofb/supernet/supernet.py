@@ -4,12 +4,13 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ofb.checks import at_least, between, finite
 from ofb.supernet import decisions, ranking
 from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, reachable
@@ -130,6 +131,17 @@ class Supernet(nn.Module):
             settling=settling,
             prunes_per_epoch=prunes_per_epoch,
         )
+        numbers = SimpleNamespace(
+            one_hot_weight=one_hot_weight,
+            macs_weight=macs_weight,
+            score_penalty=score_penalty,
+            attention_score_penalty=attention_score_penalty,
+            prune_threshold=prune_threshold,
+            score_mean=score_mean,
+        )
+        finite(numbers, *vars(numbers))
+        at_least(numbers, 0, "one_hot_weight", "macs_weight", "score_penalty", "attention_score_penalty")
+        between(numbers, 0, 1, "prune_threshold")
         choices = {
             "residual_mask": (residual_mask, RESIDUAL_MASKS),
             "score_init": (score_init, SCORE_INITS),
