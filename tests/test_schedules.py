@@ -62,9 +62,25 @@ def test_events_left_count_down_to_the_last_step():
     assert course(targets=2, settling=1.0).events_left(990, 1) == 4
 
 
+@pytest.mark.parametrize(("epochs", "targets"), [(10, 10), (11, 10), (5, 3), (3, 2), (100, 3)])
+def test_targets_at_the_ends_of_epochs_are_in_time(epochs, targets):
+    """Where `ofb.search_targets` goes on to the next one; a whole share later it is too late."""
+    search, passed = course(epochs=epochs, steps_per_epoch=7, targets=targets), 0
+    for step in range(1, search.total_steps + 1):
+        search.check_target(step, passed)
+        if step % 7 == 0 and targets * (step // 7) >= epochs * (passed + 1):
+            passed += 1
+    late = -(-search.total_steps * 2 // targets)
+    search.check_target(late - 1, 0)
+    with pytest.raises(ValueError, match=f"later_targets: expected .* of {targets} ends, got none before step {late};"):
+        search.check_target(late, 0)
+
+
 def test_the_one_hot_loss_sets_in_late():
     search = course(one_hot_delay=0.5)
     assert not search.sharpens(499) and search.sharpens(500)
+    of_two = course(one_hot_delay=0.5, targets=2)  # a share of each target's steps
+    assert not of_two.sharpens(249) and of_two.sharpens(250)
 
 
 @pytest.mark.parametrize(

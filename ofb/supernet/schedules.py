@@ -88,6 +88,16 @@ class Course:
             return None
         return sum(self.prunes_after(later, targets_passed) for later in range(step, self.total_steps + 1))
 
+    def check_target(self, step: int, targets_passed: int) -> None:
+        """Raise ValueError where the share of the next target ends at a step, and the search is not on its way there."""
+        target = targets_passed + 1
+        if target < self.targets and step * self.targets >= self.total_steps * (target + 1):
+            due = -(-self.total_steps * target // self.targets)
+            raise ValueError(
+                f"later_targets: expected next_target() after step {due}, where the share of target {target} of "
+                f"{self.targets} ends, got none before step {step}; call extract() for its network, then next_target()"
+            )
+
     @property
     def _warmup_steps(self) -> int:
         epochs = self.epochs / 5 if self.warmup_epochs is None else self.warmup_epochs

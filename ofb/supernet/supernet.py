@@ -293,26 +293,47 @@ class Supernet(nn.Module):
 
         Returns:
             Whether there was a pruning event.
+
+        Raises:
+            ValueError: scores or architecture logits are not finite at a pruning event, or `next_target()` was not
+                called in time; nothing has been changed then.
         """
-        self.steps += 1
+        step = self.steps + 1
+        prunes = ends = False
+        if not self.finished:
+            self.course.check_target(step, self.targets_passed)
+            prunes, ends = self.course.prunes_after(step, self.targets_passed), step >= self.total_steps
+        if prunes or ends:
+            decisions.check_finite(self.bimasks)
+        self.steps = step
         self._set_schedules()
-        if self.finished:
-            return False
-        prunes = self.course.prunes_after(self.steps, self.targets_passed)
         if prunes:
             self.prune(optimizer)
-        ends = self.steps >= self.total_steps
         if ends:
             self.finalize(optimizer)
         return prunes or ends
 
     def next_target(self) -> None:
-        """Go on to the next of the later targets; `extract()` before gives the network of this one."""
+        """Go on to the next of the later targets; `extract()` before gives the network of this one.
+
+        Raises:
+            ValueError: no target is left, or no size is open.
+        """
+        if self.targets_passed + 1 == len(self.targets):
+            raise ValueError(
+                f"next_target: expected one of {len(self.targets) - 1} later_targets to be left, got none; leave this "
+                "call out after the last one"
+            )
+        if self.finished:
+            raise ValueError(
+                "next_target: expected sizes that are open, got a search that is over; call it before finalize()"
+            )
         self.targets_passed += 1
         self._set_schedules()
 
     def prune(self, optimizer: Optimizer | None = None) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
+        decisions.check_finite(self.bimasks)
         surviving = decisions.survivors(
             self.bimasks,
             self.costs,
@@ -326,6 +347,7 @@ class Supernet(nn.Module):
 
     def finalize(self, optimizer: Optimizer | None = None) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
+        decisions.check_finite(self.bimasks)
         chosen = decisions.choose(self.bimasks, self.costs, self.target)
         for name, bimask in self.bimasks.items():
             if not bimask.final:
