@@ -89,7 +89,7 @@ class Course:
         return sum(self.prunes_after(later, targets_passed) for later in range(step, self.total_steps + 1))
 
     def check_target(self, step: int, targets_passed: int) -> None:
-        """Raise ValueError where the share of the next target ends at a step, and the search is not on its way there."""
+        """Raise ValueError where a step ends the next target's share and the search is not yet on its way there."""
         target = targets_passed + 1
         if target < self.targets and step * self.targets >= self.total_steps * (target + 1):
             due = -(-self.total_steps * target // self.targets)
