@@ -131,6 +131,24 @@ def test_search_of_several_targets_resumes(loaders, tmp_path, monkeypatch, modul
         assert resumed[target].pretrained_cfg == network.pretrained_cfg
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_model_without_a_pretrained_cfg(loaders, tmp_path, missing):
+    """Its networks have none either, also those of the first target after the search goes on from a checkpoint."""
+    options = OPTIONS | {"epochs": 2, "finetune_epochs": 0, "targets": "80%,50%", "output": str(tmp_path)}
+    for resume in (False, True):
+        config = SearchConfig(**options, resume=resume)
+        torch.manual_seed(0)
+        model = tiny_vit()
+        model.pretrained_cfg = model.default_cfg = None
+        if missing:
+            del model.pretrained_cfg, model.default_cfg
+        networks = ofb.search_targets(make_supernet(model, config, 4), *loaders, config)
+        for name, network in networks.items():
+            assert getattr(network, "pretrained_cfg", None) is None
+            ofb.save(network, tmp_path / name)
+            assert count_macs(ofb.load(tmp_path / name)) == count_macs(network)
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
