@@ -64,4 +64,3 @@ def check_label_names(model: nn.Module, dataset: Dataset) -> str:
         f"data: expected the {len(expected)} classes of the network ({shown(expected)}), got {len(found)} "
         f"({shown(found)}){next(others, '')}; evaluate on data with the same classes"
     )
-
