@@ -127,6 +127,15 @@ def test_a_loader_whose_last_batch_is_small(loaders):
     )
 
 
+def test_mixup_needs_pairs(loaders):
+    odd = DataLoader(TensorDataset(*(tensor[:21] for tensor in loaders[0].dataset.tensors)), 16)
+    message = "train_loader: expected an even number of images in each batch, .* got 5; give it drop_last=True, or set"
+    with pytest.raises(ValueError, match=message):
+        ofb.train(fresh_model(), odd, loaders[1], TrainConfig(**OPTIONS | {"epochs": 1}))
+    none = OPTIONS | {"epochs": 1, "mixup": 0.0, "cutmix": 0.0}
+    ofb.train(fresh_model(), odd, loaders[1], TrainConfig(**none, grad_accum_steps=4))
+
+
 def doubled(loaders):
     """The same images in float64, in a fixed order."""
     images, targets = loaders[0].dataset.tensors
