@@ -159,10 +159,11 @@ def _started_with(config_class: type[TrainingConfig], output: str) -> TrainingCo
     path = Path(output) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"resume: expected a run folder with {CONFIG_FILE}, got {output}; leave --resume out")
+    options = read_options("resume", path)
     try:
-        return from_dict(config_class, read_options("resume", path))
-    except TypeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        return from_dict(config_class, options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"resume: expected options of this command in {path}, got others: {error}") from error
 
 
 def _options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:

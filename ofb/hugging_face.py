@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ofb.engine.class_names import label_names
 from ofb.supernet.families import vit
 from ofb.supernet.families.vit_description import DEFAULTS
 
@@ -227,8 +228,8 @@ def _pretrained_cfg(model: VisionTransformer, config: Any, image_processor: Any)
 
 def _labels(model: VisionTransformer) -> dict:
     """Arguments for a config of transformers: the labels' names if timm's network has them, else how many they are."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    if not names or len(names) != model.num_classes:
+    names = label_names(model)
+    if not names:
         return {"num_labels": model.num_classes}
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 

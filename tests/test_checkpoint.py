@@ -148,6 +148,26 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert files(tmp_path) == ["state.json"]
 
 
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_it_returns(tmp_path, monkeypatch):
+    """For a power cut: what is synced at which point, the file by its number and then its folder."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        place = os.fstat(descriptor)
+        done.append("folder" if place.st_ino == tmp_path.stat().st_ino else (place.st_ino, place.st_size))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        done.append(("renamed", os.stat(source).st_ino, os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_text(tmp_path / "state.json", "whole")
+    file = (tmp_path / "state.json").stat().st_ino
+    assert done == [(file, len("whole")), ("renamed", file, "state.json"), "folder"]
+
+
 def test_an_error_of_the_file_system_names_the_file(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="cannot write .*file/state.json: .*; make room or make it writable") as raised:

@@ -3,11 +3,12 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from ofb.engine.config import DataConfig, SearchConfig, TrainConfig
 from ofb.engine.options import from_dict, to_dict
-from ofb.engine.tool_config import EvaluateConfig
+from ofb.engine.tool_config import EvaluateConfig, ProfileConfig
 
 
 def test_defaults_are_the_recipe():
@@ -52,6 +53,13 @@ def test_learning_rate_scales_with_the_batch():
         ({"smoothing": 1.0}, "smoothing: expected at least 0 and less than 1, got 1.0"),
         ({"drop_path": float("nan")}, "drop_path: expected"),
         ({"warmup_epochs": 1e9}, "warmup_epochs: expected 0 to"),
+        ({"epochs": 10.0}, r"epochs: expected a whole number, got 10.0; round it, such as with int\(...\)"),
+        ({"seed": 0.5}, "seed: expected a whole number, got 0.5"),
+        ({"lr": "fast"}, "lr: expected a finite number, got 'fast'"),
+        *(
+            ({name: float("inf")}, f"{name}: expected a finite number, got inf")
+            for name in ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "mixup", "distillation_tau")
+        ),
         ({"model_kwargs": ("img_size",)}, "model_kwargs: expected key=value, got 'img_size'"),
         (
             {"model_kwargs": ("checkpoint_path=/x",)},
@@ -69,6 +77,33 @@ def test_learning_rate_scales_with_the_batch():
 def test_bad_values(config_class, options, message):
     with pytest.raises(ValueError, match=message):
         config_class(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"one_hot_weight": -0.1}, "one_hot_weight: expected at least 0, got -0.1"),
+        ({"score_mean": float("nan")}, "score_mean: expected a finite number, got nan"),
+        ({"prune_threshold": 1.0}, "prune_threshold: expected at least 0 and less than 1, got 1.0"),
+        ({"cosine_epochs": -1}, "cosine_epochs: expected a positive number, got -1"),
+        ({"finetune_lr": 0.0}, "finetune_lr: expected a positive number, got 0.0"),
+        ({"finetune_epochs": 3, "finetune_warmup_epochs": 5.0}, "finetune_warmup_epochs: expected 0 to 3, got 5.0"),
+    ],
+)
+def test_bad_values_of_a_search(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        SearchConfig(**options)
+
+
+def test_numbers_become_pythons_own():
+    """As a file of options can hold them."""
+    config = TrainConfig(epochs=np.int64(4), lr=np.float64(1e-3))
+    assert config == TrainConfig(epochs=4, lr=1e-3) and (type(config.epochs), type(config.lr)) == (int, float)
+
+
+def test_a_batch_size_to_profile_with():
+    with pytest.raises(ValueError, match="batch_size: expected a whole number, got 1.5"):
+        ProfileConfig(network="runs/x", batch_size=1.5)
 
 
 def test_unknown_option():

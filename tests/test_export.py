@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from timm.models import PretrainedCfg
 
 import ofb
 import ofb.export.programs
+from ofb.engine.class_names import label_names, set_label_names
 from ofb.engine.data import data_config
-from ofb.export import ARCHITECTURE, WEIGHTS, count_params
+from ofb.export import ARCHITECTURE, WEIGHTS, count_params, model_card
 from ofb.supernet import SearchSpace
 from ofb.supernet.families import count_macs, describe
 from tests.common import tiny_swin, tiny_vit
@@ -53,6 +56,41 @@ def test_saved_network_loads_as_it_was(pruned, tmp_path):
     assert not loaded.training
     config = json.loads((tmp_path / "network" / ARCHITECTURE).read_text())
     assert (config["macs"], config["params"]) == (count_macs(pruned), count_params(pruned))
+
+
+NO_CFG = object()
+CFGS = {
+    "none": None,
+    "missing": NO_CFG,
+    "empty": {},
+    "dict": {"mean": [0.1, 0.2, 0.3], "std": (0.5, 0.5, 0.5)},
+    "timm's": PretrainedCfg(mean=(0.1, 0.2, 0.3), label_names=list("abcde")),
+}
+
+
+def with_cfg(model, cfg):
+    """A model as others make it, who may set what timm's `create_model` sets, or not."""
+    if cfg is NO_CFG:
+        del model.pretrained_cfg, model.default_cfg
+    else:
+        model.pretrained_cfg = model.default_cfg = cfg
+    return model
+
+
+@pytest.mark.parametrize("kind", CFGS)
+@pytest.mark.parametrize("family", [tiny_vit, tiny_swin])
+def test_whatever_a_model_says_of_its_pretrained_cfg(family, kind, tmp_path):
+    network = with_cfg(family(), CFGS[kind]).eval()
+    images = torch.randn(2, 3, *network.patch_embed.img_size)
+    ofb.save(network, tmp_path)
+    loaded = [ofb.load(tmp_path), timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()]
+    for each in loaded:
+        assert torch.equal(each(images), network(images))
+        assert (each.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)) == (kind in ("dict", "timm's"))
+    assert label_names(loaded[0]) == (tuple("abcde") if kind == "timm's" else ())
+    assert ("mean 0.1, 0.2, 0.3" in model_card(tmp_path, "me/it")) == (kind in ("dict", "timm's"))
+    set_label_names(network, SimpleNamespace(class_to_idx={name: index for index, name in enumerate("vwxyz")}))
+    assert label_names(network) == tuple("vwxyz")
 
 
 @pytest.mark.parametrize("family", NETWORKS)

@@ -79,6 +79,27 @@ def test_a_resumed_stage_replaces_its_lost_epochs_alone(tmp_path):
     assert found == [("search", 0, 1), ("finetune", 0, 0), ("finetune", 1, 1), ("finetune", 2, 20)]
 
 
+def test_a_stage_goes_on_where_its_last_line_breaks_off(tmp_path):
+    with Journal(config(tmp_path), "train") as journal:
+        for epoch in range(2):
+            journal.record(epoch, {"loss": epoch})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    with Journal(config(tmp_path), "train", start_epoch=1) as journal:
+        journal.record(1, {"loss": 10})
+    assert [(entry["epoch"], entry["loss"]) for entry in entries(tmp_path)] == [(0, 0), (1, 10)]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "history.jsonl"])
+def test_a_damaged_line_is_named_and_kept(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"stage": "train", "epoch": 0}\n{"stage": \n{"stage": "train", "epoch": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"run: {path} is damaged: line 2: Expecting value; remove this line"):
+        Journal(config(tmp_path), "train", start_epoch=2)
+    assert path.read_bytes() == before
+
+
 def test_history_has_each_epoch_once(tmp_path):
     """Epoch -1 is the state before the first one: a stage that starts anew, none being saved yet, replaces it."""
     history = History(ofb.Supernet(tiny_vit(), epochs=4, steps_per_epoch=2))

@@ -146,9 +146,19 @@ def test_without_distillation_a_teacher_changes_nothing():
     assert torch.equal(Criterion()(logits, targets, teacher), Criterion()(logits, targets))
 
 
-@pytest.mark.parametrize("wrong", [{"distillation": "warm"}, {"alpha": 2.0}, {"tau": 0.0}])
-def test_criterion_refuses(wrong):
-    with pytest.raises(ValueError, match="distillation: expected"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"distillation": "warm"}, "distillation: expected"),
+        ({"alpha": 2.0}, "distillation: expected"),
+        ({"tau": 0.0}, "distillation: expected"),
+        ({"tau": float("inf")}, "tau: expected a finite number, got inf"),
+        ({"smoothing": float("nan")}, "smoothing: expected a finite number, got nan"),
+        ({"smoothing": 1.0}, "smoothing: expected at least 0 and less than 1, got 1.0"),
+    ],
+)
+def test_criterion_refuses(wrong, message):
+    with pytest.raises(ValueError, match=message):
         Criterion(**wrong)
 
 

@@ -333,20 +333,53 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"stage": "search"'),
-        ("metrics.jsonl", '{"epoch": 1}\n'),
-        ("history.jsonl", '{"stage": "search", "epoch": 1}\n'),
-        ("found.json", "[]"),
-        ("figures.json", '{"dense": 7}'),
-        ("config.yaml", "a: [1"),
+        (
+            "metrics.jsonl",
+            b'{"stage": "search"\n',
+            "metrics.jsonl is damaged: line 1: Expecting ',' delimiter; remove this",
+        ),
+        (
+            "metrics.jsonl",
+            b'\n{"epoch": 1}\n',
+            "metrics.jsonl is damaged: line 2: expected the entry of a stage's epoch",
+        ),
+        (
+            "metrics.jsonl",
+            b"7\n",
+            "metrics.jsonl is damaged: line 1: expected the entry of a stage's epoch; remove this",
+        ),
+        ("metrics.jsonl", b"\xff\xfe", "metrics.jsonl is damaged: 'utf-8' codec can't decode .*; remove it"),
+        ("metrics.jsonl", b"\0\0\0", "metrics.jsonl is damaged: line 1: Expecting value; remove this line"),
+        ("history.jsonl", b'{"stage": "search", "epoch": 1}\n', "holds files that this package did not write"),
+        (
+            "history.jsonl",
+            b'{"stage": "search", "epoch": []}\n',
+            "history.jsonl is damaged: line 1: expected the entry",
+        ),
+        ("found.json", b"[]", "found.json is damaged: expected a dict, got list; mend or remove it"),
+        ("importance.json", b"{", "importance.json is damaged: .*; mend or remove it"),
+        ("figures.json", b'{"dense": 7}', "holds files that this package did not write"),
+        ("config.yaml", b"a: [1", "config.yaml is damaged: .*; mend or remove it"),
     ],
 )
-def test_a_damaged_run(runs, tmp_path, capsys, name, text):
+def test_a_damaged_run(runs, tmp_path, capsys, name, content, message):
     run = copied(runs / "search", tmp_path / "run")
-    (run / name).write_text(text)
+    (run / name).write_bytes(content)
     assert main(["report", str(run)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("ofb: run: ") and error.count("\n") == 1
+    assert re.match(f"ofb: run: {run}[/ ]{message}", error) and error.count("\n") == 1
     assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "history.jsonl"])
+def test_a_last_line_that_breaks_off_is_left_out(runs, tmp_path, name):
+    cut, without = (
+        copied(runs / "search", tmp_path / "cut" / "run"),
+        copied(runs / "search", tmp_path / "without" / "run"),
+    )
+    lines = (cut / name).read_text().splitlines(keepends=True)
+    (cut / name).write_text("".join(lines)[:-10])
+    (without / name).write_text("".join(lines[:-1]))
+    assert page_of(cut) == page_of(without) != page_of(runs / "search")

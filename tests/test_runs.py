@@ -225,6 +225,42 @@ def test_networks_that_are_gone(place, capsys, tmp_path):
     assert ofb.load(run / "export")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "colour: red\n",
+            "resume: expected options of this command in {}, got others: config: .* has no option colour; ",
+        ),
+        (
+            "epochs: two\n",
+            "resume: expected options of this command in {}, got others: epochs: expected int, got 'two'",
+        ),
+        ("epochs: .nan\n", "resume: expected options of this command in {}, got others: epochs: expected int, got nan"),
+        (
+            "lr: .inf\n",
+            "resume: expected options of this command in {}, got others: lr: expected a finite number, got inf",
+        ),
+        ("lr: [\n", "resume: expected a YAML file of options, got {}: .* line "),
+    ],
+)
+def test_resuming_with_damaged_options(place, capsys, tmp_path, text, message):
+    """The error names the file, not only the option, which nobody gave."""
+    run = shutil.copytree(place / "dense", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with (run / "config.yaml").open("a") as file:
+        file.write(text)
+    (error,) = told(capsys, "train", "--resume", "--output", str(run), code=2)
+    assert re.match("ofb: " + message.format(run / "config.yaml"), error)
+
+
+def test_resuming_with_a_damaged_line(place, capsys, tmp_path):
+    run = shutil.copytree(place / "dense", tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(f"garbage\n{metrics.read_text()}")
+    (error,) = told(capsys, "train", "--resume", "--output", str(run), code=2)
+    assert error == f"ofb: run: {metrics} is damaged: line 1: Expecting value; remove this line"
+
+
 def test_targets_of_a_stranger_stay_in_the_run(place, capsys, tmp_path):
     run = shutil.copytree(place / "two", tmp_path / "run")
     shutil.copytree(place / "dense/export", tmp_path / "outside")

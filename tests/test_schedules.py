@@ -1,6 +1,8 @@
 """The course of a search: ramps, pruning events, and what is out of range."""
 
+import numpy as np
 import pytest
+import torch
 
 from ofb.supernet.schedules import Course, ramp
 
@@ -60,9 +62,25 @@ def test_events_left_count_down_to_the_last_step():
     assert course(targets=2, settling=1.0).events_left(990, 1) == 4
 
 
+@pytest.mark.parametrize(("epochs", "targets"), [(10, 10), (11, 10), (5, 3), (3, 2), (100, 3)])
+def test_targets_at_the_ends_of_epochs_are_in_time(epochs, targets):
+    """Where `ofb.search_targets` goes on to the next one; a whole share later it is too late."""
+    search, passed = course(epochs=epochs, steps_per_epoch=7, targets=targets), 0
+    for step in range(1, search.total_steps + 1):
+        search.check_target(step, passed)
+        if step % 7 == 0 and targets * (step // 7) >= epochs * (passed + 1):
+            passed += 1
+    late = -(-search.total_steps * 2 // targets)
+    search.check_target(late - 1, 0)
+    with pytest.raises(ValueError, match=f"later_targets: expected .* of {targets} ends, got none before step {late};"):
+        search.check_target(late, 0)
+
+
 def test_the_one_hot_loss_sets_in_late():
     search = course(one_hot_delay=0.5)
     assert not search.sharpens(499) and search.sharpens(500)
+    of_two = course(one_hot_delay=0.5, targets=2)  # a share of each target's steps
+    assert not of_two.sharpens(249) and of_two.sharpens(250)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +90,21 @@ def test_the_one_hot_loss_sets_in_late():
         ({"prunes_per_epoch": 0}, "prunes_per_epoch: expected at least 1, got 0"),
         ({"settling": 1.5}, "settling: expected 0 to 1, got 1.5"),
         ({"mask_ratio_end": -0.1}, "mask_ratio_end: expected 0 to 1, got -0.1"),
+        ({"lam_start": float("nan")}, "lam_start: expected a finite number, got nan"),
+        ({"warmup_epochs": float("nan")}, "warmup_epochs: expected a finite number, got nan"),
+        ({"warmup_epochs": -1}, "warmup_epochs: expected 0 to 100, got -1"),
+        ({"warmup_epochs": 100.5}, "warmup_epochs: expected 0 to 100, got 100.5"),
+        ({"epochs": 10.0}, r"epochs: expected a whole number, got 10.0; round it, such as with int\(...\)"),
+        ({"epochs": float("nan")}, "epochs: expected a whole number, got nan"),
+        ({"steps_per_epoch": 2.5}, "steps_per_epoch: expected a whole number, got 2.5"),
     ],
 )
 def test_what_is_out_of_range(wrong, message):
     with pytest.raises(ValueError, match=message):
         course(**wrong)
+
+
+def test_integers_and_numbers_of_any_kind():
+    search = course(epochs=np.int64(4), steps_per_epoch=torch.tensor(10), lam_end=np.float32(0.5), warmup_epochs=4)
+    assert search == course(epochs=4, steps_per_epoch=10, lam_end=0.5, warmup_epochs=4)
+    assert type(search.total_steps) is int and type(search.lam(40)) is float

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import ofb
 from ofb.engine.config import SearchConfig, TrainConfig
 from ofb.engine.data import create_loaders, create_model
 from ofb.engine.history import in_order
+from ofb.engine.optimization import Optimization
 from ofb.engine.search import describe_choices, describe_costs, describe_reach, make_supernet
 from ofb.engine.seeding import seed_everything
 from ofb.supernet.families import count_macs
@@ -98,6 +100,22 @@ def test_a_search_of_full_length_says_nothing_of_its_end(loaders, capsys):
     assert "the search is over" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("options", "epochs"), [({}, 7), ({"finetune_epochs": 0}, 4), ({"cosine_epochs": 5}, 5)])
+def test_the_cosine_ends_with_the_fine_tuning(loaders, monkeypatch, options, epochs):
+    """The search's learning rate falls as if the two were one training, or as `cosine_epochs` says."""
+    config = SearchConfig(**OPTIONS | {"warmup_epochs": 1.0, "min_lr": 1e-5} | options)
+    rates, step = [], Optimization.step
+
+    def noted(optimization, images, targets):
+        rates.append(optimization.optimizer.param_groups[0]["lr"])
+        return step(optimization, images, targets)
+
+    monkeypatch.setattr(Optimization, "step", noted)
+    ofb.search(fresh_supernet(config), *loaders, config)
+    t, length = 4, 4 * epochs  # steps; the warm-up ends with the first epoch
+    assert rates[t] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / length)) / 2)
+
+
 THREE_TARGETS = OPTIONS | {"epochs": 6, "targets": "60%, 40%, 25%"}
 
 
@@ -129,6 +147,24 @@ def test_search_of_several_targets_resumes(loaders, tmp_path, monkeypatch, modul
     for target, network in straight.items():
         assert_same_weights(resumed[target], network)
         assert resumed[target].pretrained_cfg == network.pretrained_cfg
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_model_without_a_pretrained_cfg(loaders, tmp_path, missing):
+    """Its networks have none either, also those of the first target after the search goes on from a checkpoint."""
+    options = OPTIONS | {"epochs": 2, "finetune_epochs": 0, "targets": "80%,50%", "output": str(tmp_path)}
+    for resume in (False, True):
+        config = SearchConfig(**options, resume=resume)
+        torch.manual_seed(0)
+        model = tiny_vit()
+        model.pretrained_cfg = model.default_cfg = None
+        if missing:
+            del model.pretrained_cfg, model.default_cfg
+        networks = ofb.search_targets(make_supernet(model, config, 4), *loaders, config)
+        for name, network in networks.items():
+            assert getattr(network, "pretrained_cfg", None) is None
+            ofb.save(network, tmp_path / name)
+            assert count_macs(ofb.load(tmp_path / name)) == count_macs(network)
 
 
 @pytest.mark.parametrize(

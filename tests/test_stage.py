@@ -8,6 +8,7 @@ import ofb
 from ofb.engine import stage
 from ofb.engine.checkpoint import save_checkpoint
 from ofb.engine.config import TrainConfig
+from ofb.engine.optimization import Optimization, make_optimizer
 from tests.test_train import OPTIONS, assert_same_weights, fresh_model
 
 STEPS = 5
@@ -74,3 +75,23 @@ def test_it_goes_on_from_the_middle_of_an_epoch(loaders, tmp_path, monkeypatch, 
     assert_same_weights(resumed, straight)
     metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("straight", "run")]
     assert metrics[0] == metrics[1]
+
+
+def test_means_are_those_of_the_steps_that_were_taken():
+    config = TrainConfig(**OPTIONS | {"drop_path": 0.0})
+    model = fresh_model()
+    optimization = Optimization(
+        make_optimizer(model, config, 1e-3),
+        lambda images, targets: {"loss": torch.nn.functional.cross_entropy(model(images), targets)},
+        config,
+        0,
+        4,
+        torch.device("cpu"),
+    )
+    running, taken = stage.Stage(config, "train", 4, optimization, {}), []
+    for scale in (1.0, torch.nan, 3.0, torch.inf):
+        losses = optimization.step(scale * torch.ones(5, 3, 16, 16), torch.arange(5))
+        running.stepped(losses)
+        taken += [losses["loss"].item()] if losses["skipped"] == 0 else []
+    assert len(taken) == 2
+    assert running.means() == {"loss": pytest.approx(sum(taken) / 2), "skipped": 2}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ofb.supernet import Supernet
+from ofb.supernet import SearchSpace, Supernet
 from ofb.supernet.budget import TOLERANCE
 from ofb.supernet.families import count_macs
 from ofb.supernet.masked_images import draw_areas, replace_patches
@@ -463,6 +463,36 @@ def test_shares_are_shares(name):
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         make_supernet(**options)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 10.0}, r"epochs: expected a whole number, got 10.0; round it, such as with int\(...\)"),
+        *(
+            ({name: wrong}, f"{name}: expected {expected}, got {wrong}")
+            for name in ("one_hot_weight", "macs_weight", "score_penalty", "attention_score_penalty")
+            for wrong, expected in ((-0.1, "at least 0"), (NAN, "a finite number"), (INF, "a finite number"))
+        ),
+        ({"prune_threshold": NAN}, "prune_threshold: expected a finite number, got nan"),
+        ({"prune_threshold": -0.1}, "prune_threshold: expected at least 0 and less than 1, got -0.1"),
+        ({"prune_threshold": 1.0}, "prune_threshold: expected at least 0 and less than 1, got 1.0"),
+        ({"warmup_epochs": 5}, "warmup_epochs: expected 0 to 4, got 5"),
+        ({"score_mean": NAN}, "score_mean: expected a finite number, got nan"),
+        ({"mask_ratio_start": NAN}, "mask_ratio_start: expected a finite number, got nan"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    """The model stays as it was, also where its tokens would be searched."""
+    model = tiny_vit()
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Supernet(model, **{"epochs": 4, "steps_per_epoch": 6, "space": SearchSpace(tokens=True)} | options)
+    assert list(model.modules()) == modules and model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_budgets_that_contradict_each_other():

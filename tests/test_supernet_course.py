@@ -1,5 +1,7 @@
 """The course of a search: how its goals fall, when candidates may die, how it settles."""
 
+import copy
+
 import pytest
 import torch
 
@@ -86,6 +88,88 @@ def test_settling_waits_for_the_last_target():
     for _ in range(4):
         supernet.step()
     assert supernet.finished and count_macs(supernet.extract()) <= supernet.targets[1]["macs"]
+
+
+def test_no_target_after_the_last():
+    supernet = make_supernet(target="80%", later_targets=["40%"])
+    supernet.next_target()
+    goals = supernet.goals.goals.clone()
+    with pytest.raises(ValueError, match="next_target: expected one of 1 later_targets to be left, got none; leave"):
+        supernet.next_target()
+    assert supernet.targets_passed == 1 and torch.equal(supernet.goals.goals, goals)
+    decided = make_supernet(target="80%", later_targets=["40%"])
+    decided.finalize()
+    with pytest.raises(ValueError, match="next_target: expected sizes that are open, got a search that is over"):
+        decided.next_target()
+    assert decided.targets_passed == 0
+
+
+def test_a_loop_that_forgets_its_later_targets():
+    """The step that would settle for the first target says so, and changes nothing: the loop may still go on."""
+    supernet = make_supernet(target="80%", later_targets=["40%"], epochs=2, steps_per_epoch=4, pace=0.0)
+    for _ in range(7):
+        supernet.step()
+    before = snapshot(supernet)
+    message = r"later_targets: expected next_target\(\) after step 4, where the share of target 1 of 2 ends, got none "
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message + r"before step 8; call extract\(\) for its network"):
+            supernet.step()
+        assert_unchanged(supernet, before)
+    first = supernet.extract()
+    supernet.next_target()
+    supernet.step()
+    assert supernet.finished
+    macs = [count_macs(network) for network in (first, supernet.extract())]
+    assert all(m <= target["macs"] for m, target in zip(macs, supernet.targets, strict=True)) and macs[1] < macs[0]
+
+
+@pytest.mark.parametrize("tensor", ["score", "alpha"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settling", [0.0, 1.0])
+def test_what_is_not_finite_is_named_before_it_decides(tensor, value, settling):
+    """In every call that decides sizes, and not in the steps between."""
+    supernet = make_supernet(epochs=1, steps_per_epoch=4, prunes_per_epoch=2, pace=0.0, settling=settling)
+    spoil = getattr(supernet.bimasks["mlp1"], tensor)
+    with torch.no_grad():
+        supernet.bimasks["embed"].alpha[..., -1] = -9  # it would be pruned first
+        spoil.view(-1)[1] = value
+    assert not supernet.step()
+    before = snapshot(supernet)
+    rate = {"score": "score_lr", "alpha": "architecture_lr"}[tensor]
+    message = f"{tensor}: expected finite numbers in submodule mlp1, got NaN or infinity; .* lower {rate} or clip"
+    for decide in (supernet.step, supernet.prune, supernet.finalize, supernet.extract):
+        with pytest.raises(ValueError, match=message):
+            decide()
+        assert_unchanged(supernet, before)
+
+
+def test_minus_infinity_and_dead_candidates_decide():
+    supernet = make_supernet(target="60%")
+    bimask = supernet.bimasks["mlp1"]
+    with torch.no_grad():
+        bimask.score[3] = bimask.alpha[0, 0] = -torch.inf
+        bimask.alpha[0, 1] = torch.nan
+    bimask.alive[0, 1] = False
+    supernet.prune()
+    assert not bimask.alive[0, :2].any() and bimask.alive.any()
+    supernet.finalize()
+    assert supernet.finished
+
+
+def snapshot(supernet):
+    """All that a supernet knows."""
+    return copy.deepcopy(supernet.state_dict()), supernet.alive_candidates(), supernet.revision
+
+
+def assert_unchanged(supernet, before):
+    state, *others = before
+    assert others == [supernet.alive_candidates(), supernet.revision]
+    assert state.keys() == supernet.state_dict().keys()
+    for name, value in supernet.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
+        else:
+            assert value == state[name], name
 
 
 def test_decided_goes_from_nothing_to_everything():

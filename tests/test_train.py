@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ofb
 from ofb.engine.config import RunConfig, TrainConfig
 from ofb.engine.device import pick_device
+from ofb.engine.optimization import Optimization, make_optimizer
 from ofb.engine.train import set_drop_path
 from tests.common import tiny_vit
 
@@ -95,6 +96,44 @@ def test_a_batch_in_parts_is_the_same_step(loaders):
     ]
     for whole, in_parts in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(in_parts, whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("images", [8, 6, 3, 1])
+def test_a_batch_that_parts_do_not_divide(images):
+    """In four parts its gradient is that of the mean loss: the parts count by their sizes, and none is empty."""
+    config = TrainConfig(**OPTIONS | {"opt": "sgd"}, grad_accum_steps=4)
+    model = fresh_model().double()
+    sizes = []
+
+    def loss_of(images, targets):
+        sizes.append(len(images))
+        return {"loss": torch.nn.functional.cross_entropy(model(images), targets)}
+
+    optimization = Optimization(make_optimizer(model, config, 1e-3), loss_of, config, 0, 1, torch.device("cpu"))
+    batch = torch.randn(images, 3, 16, 16, dtype=torch.float64), torch.arange(images) % 5
+    loss = optimization._backward(*batch)["loss"]
+    assert sizes == {8: [2, 2, 2, 2], 6: [2, 2, 1, 1], 3: [1, 1, 1], 1: [1]}[images]
+    whole = loss_of(*batch)["loss"]
+    torch.testing.assert_close(loss, whole.detach(), rtol=1e-12, atol=1e-12)
+    parameters = list(model.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(whole, parameters), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loader_whose_last_batch_is_small(loaders):
+    data = TensorDataset(*(tensor[:22] for tensor in loaders[0].dataset.tensors))
+    ofb.train(
+        fresh_model(), DataLoader(data, 16), loaders[1], TrainConfig(**OPTIONS | {"epochs": 1}, grad_accum_steps=4)
+    )
+
+
+def test_mixup_needs_pairs(loaders):
+    odd = DataLoader(TensorDataset(*(tensor[:21] for tensor in loaders[0].dataset.tensors)), 16)
+    message = "train_loader: expected an even number of images in each batch, .* got 5; give it drop_last=True, or set"
+    with pytest.raises(ValueError, match=message):
+        ofb.train(fresh_model(), odd, loaders[1], TrainConfig(**OPTIONS | {"epochs": 1}))
+    none = OPTIONS | {"epochs": 1, "mixup": 0.0, "cutmix": 0.0}
+    ofb.train(fresh_model(), odd, loaders[1], TrainConfig(**none, grad_accum_steps=4))
 
 
 def doubled(loaders):

@@ -3,12 +3,13 @@
 from torch import nn
 from torch.utils.data import Dataset
 
+from ofb.engine.data import pretrained_cfg
 from ofb.engine.splits import class_indices, shown
 
 
 def label_names(model: nn.Module) -> tuple[str, ...]:
     """The names of a network's classes in the order of its logits; empty where they are not known."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    names = pretrained_cfg(model).get("label_names") or ()
     return tuple(names) if len(names) == model.num_classes else ()
 
 
@@ -33,7 +34,7 @@ def set_label_names(model: nn.Module, dataset: Dataset) -> str:
     before, names = label_names(model), class_names(dataset)
     if len(names) != model.num_classes or names == before:
         return ""
-    kept = {key: value for key, value in (model.pretrained_cfg or {}).items() if key != "label_descriptions"}
+    kept = {key: value for key, value in pretrained_cfg(model).items() if key != "label_descriptions"}
     model.pretrained_cfg = model.default_cfg = kept | {"label_names": names}
     if not before:
         return ""
@@ -63,4 +64,3 @@ def check_label_names(model: nn.Module, dataset: Dataset) -> str:
         f"data: expected the {len(expected)} classes of the network ({shown(expected)}), got {len(found)} "
         f"({shown(found)}){next(others, '')}; evaluate on data with the same classes"
     )
-

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from ofb.engine.options import at_least, between, key_and_value, positive, split_targets
+from ofb.checks import at_least, between, check_numbers, positive, within
+from ofb.engine.options import key_and_value, split_targets
 
 if TYPE_CHECKING:  # torch and timm are imported where they are needed: help comes without them
     from ofb.supernet.losses import Criterion
@@ -83,6 +84,7 @@ class DataConfig:
     most, if not given. `digits` needs none."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         at_least(self, 1, "batch_size")
         if self.workers is not None:
             at_least(self, 0, "workers")
@@ -230,8 +232,7 @@ class TrainingConfig(RunConfig, DataConfig):
         at_least(self, 0, "aug_repeats", "min_lr", "warmup_lr", "weight_decay", "mixup", "cutmix")
         between(self, 0, 1, "drop_path", "smoothing", "reprob")
         positive(self, "lr", "clip_grad")
-        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"warmup_epochs: expected 0 to {self.epochs} (epochs), got {self.warmup_epochs}")
+        within(self, 0, self.epochs, "warmup_epochs")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size: expected an even number, which mixup and cutmix need, got {self.batch_size}")
         if self.batch_size % self.grad_accum_steps:
@@ -427,11 +428,12 @@ class SearchConfig(TrainingConfig):
         at_least(self, 0, "finetune_epochs", "finetune_weight_decay", "one_hot_weight", "macs_weight")
         at_least(self, 1, "prunes_per_epoch", "latency_batch_size")
         between(self, 0, 1, "prune_threshold")
-        positive(self, "architecture_lr", "score_lr")
+        positive(self, "architecture_lr", "score_lr", "cosine_epochs", "finetune_lr")
         self.search_space()
         if len(self.all_targets()) > self.epochs:
             raise ValueError(f"targets: expected at most one an epoch, got {self.targets} in {self.epochs} epochs")
         if self.finetune_epochs:
+            within(self, 0, self.finetune_epochs, "finetune_warmup_epochs")
             self.finetune()
 
     def all_targets(self) -> list[str]:

@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.data import create_loader, resolve_data_config
 from timm.data.loader import PrefetchLoader
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 from torchvision.transforms import Compose, Normalize, RandomApply, RandomCrop
@@ -140,11 +141,17 @@ def create_teacher(config: TrainingConfig, model: nn.Module) -> nn.Module:
     return teacher
 
 
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """What timm knows of a model's weights, images and labels; empty where it knows nothing."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg)
+
+
 def data_config(model: nn.Module) -> dict[str, Any]:
     """What a model expects of its images: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode."""
     patch_embed = model.patch_embed
     channels = patch_embed.proj.in_channels
-    resolved = resolve_data_config({"input_size": (channels, *patch_embed.img_size)}, model=model)
+    resolved = resolve_data_config({"input_size": (channels, *patch_embed.img_size)}, pretrained_cfg(model))
     if len(resolved["mean"]) != channels:
         for key in ("mean", "std"):
             resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * channels

@@ -14,7 +14,7 @@ from ofb.engine.checkpoint import write_text
 from ofb.engine.config import TrainingConfig
 from ofb.engine.distributed import is_main
 from ofb.engine.history import History, describe_pruned, in_order
-from ofb.engine.run_folder import HISTORY_FILE, METRICS_FILE
+from ofb.engine.run_folder import HISTORY_FILE, METRICS_FILE, read_entries
 from ofb.engine.terminal import items_in_lines
 from ofb.engine.trackers import TensorBoard, WeightsAndBiases
 from ofb.supernet.targets import UNITS, describe_amount
@@ -30,12 +30,14 @@ class Entries:
     Args:
         path: the file; None to keep none.
         stage: the stage that is written.
+
+    Raises:
+        ValueError: the file is there and damaged.
     """
 
     def __init__(self, path: Path | None, stage: str) -> None:
-        self.path, self.stage, self.all = path, stage, []
-        if path is not None and path.exists():
-            self.all = [json.loads(line) for line in path.read_text().splitlines()]
+        self.path, self.stage = path, stage
+        self.all = [] if path is None else read_entries(path)
 
     def add(self, epoch: int, entry: Mapping[str, Any]) -> None:
         """Write an entry; those of the stage for this epoch and later ones are of epochs that were lost, and go."""
@@ -56,7 +58,7 @@ class Journal:
         unshown: gives the names of losses that are written and not shown at present.
 
     Raises:
-        ValueError: Weights & Biases does not start.
+        ValueError: Weights & Biases does not start, or a file of earlier epochs is damaged.
     """
 
     def __init__(

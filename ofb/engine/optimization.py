@@ -158,13 +158,13 @@ class Optimization:
     def _backward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Gradients of the mean loss; the losses."""
         totals: dict[str, Tensor] = {}
-        parts = self.config.grad_accum_steps
-        for part in zip(images.chunk(parts), targets.chunk(parts), range(parts), strict=True):
-            part_images, part_targets, number = part
-            share = len(part_images) / len(images)
-            with nullcontext() if number + 1 == parts else without_exchange(self.loss_of):
+        # How many parts there are may differ between processes: only the last one exchanges gradients.
+        parts = min(self.config.grad_accum_steps, len(images))
+        for number, part in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True), 1):
+            share = len(part[0]) / len(images)  # of the batch's mean: parts differ in size where they do not divide it
+            with nullcontext() if number == parts else without_exchange(self.loss_of):
                 with autocast(self.config, self.device):
-                    losses = {name: loss * share for name, loss in self.loss_of(part_images, part_targets).items()}
+                    losses = {name: loss * share for name, loss in self.loss_of(*part).items()}
                 loss = losses["loss"]
                 # Times 1, or NaN where the loss is not finite: then its gradients are not either, in any process.
                 self.scaler.scale(loss * (1 + 0 * loss.detach())).backward()

@@ -1,4 +1,4 @@
-"""What the config classes share: checks of their values, and their way to and from text."""
+"""The way of the config classes to and from text."""
 
 import ast
 import reprlib
@@ -78,25 +78,3 @@ def key_and_value(argument: str, pair: str) -> tuple[str, Any]:
 def split_targets(targets: str) -> list[str]:
     """The costs that `--targets` names, in their order."""
     return [target.strip() for target in targets.split(";" if ";" in targets else ",")]
-
-
-def at_least(config: Any, least: float, *names: str) -> None:
-    """Raise ValueError where an option is below `least`."""
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
-
-
-def between(config: Any, least: float, most: float, *names: str) -> None:
-    """Raise ValueError where an option is below `least`, or not below `most`."""
-    for name in names:
-        if not least <= getattr(config, name) < most:
-            raise ValueError(f"{name}: expected at least {least} and less than {most}, got {getattr(config, name)}")
-
-
-def positive(config: Any, *names: str) -> None:
-    """Raise ValueError where an option is given and not above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")

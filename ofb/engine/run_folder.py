@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from ofb.engine.checkpoint import is_temporary, remove_temporaries, write_text
 from ofb.engine.distributed import is_main
+from ofb.engine.untrusted import parse_json
 
 CONFIG_FILE = "config.yaml"  # the options it was started with
 METRICS_FILE = "metrics.jsonl"  # an entry for each epoch
@@ -46,6 +47,32 @@ def command_of(options: Mapping[str, Any]) -> str:
 def resume_command(command: str, folder: str | Path) -> str:
     """The command line that goes on with a run of `ofb train` or `ofb search`."""
     return f"ofb {command} --resume --output {shlex.quote(str(folder))}"
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file of JSON lines, each of a stage's epoch; none where there is no file.
+
+    A last line that breaks off, as a copy may, is left out.
+
+    Raises:
+        ValueError: the file is damaged; the message names the line.
+    """
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"run: {path} is damaged: {error}; remove it") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries += [_entry(line)] if line.strip() else []
+        except ValueError as error:
+            if number == len(lines) and line.startswith("{"):
+                break
+            reason = getattr(error, "msg", error)  # JSON's own would call each line the first one
+            raise ValueError(f"run: {path} is damaged: line {number}: {reason}; remove this line") from error
+    return entries
 
 
 @contextmanager
@@ -89,6 +116,13 @@ def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a run that never began left."""
     left = (LOCK_FILE, HOLDER_FILE)
     return folder.is_dir() and all(path.name in left or is_temporary(path) for path in folder.iterdir())
+
+
+def _entry(line: str) -> dict[str, Any]:
+    entry = parse_json(line)
+    if not isinstance(entry, dict) or (type(entry.get("stage")), type(entry.get("epoch"))) != (str, int):
+        raise ValueError("expected the entry of a stage's epoch")
+    return entry
 
 
 def _text(path: Path) -> str:

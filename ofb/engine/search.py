@@ -327,7 +327,7 @@ class Networks(list[nn.Module]):
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
-        self.pretrained_cfg = like.pretrained_cfg
+        self.pretrained_cfg = getattr(like, "pretrained_cfg", None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"networks": [{"architecture": describe(each), "weights": each.state_dict()} for each in self]}

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from ofb.checks import at_least, check_numbers
 from ofb.engine.config import DataConfig, RunConfig
-from ofb.engine.options import at_least
 
 # Options of EvaluateConfig that are those of the network's run where they are not given.
 OF_THE_RUN = (*(field.name for field in fields(DataConfig)), "seed", "amp", "amp_dtype")
@@ -50,6 +50,7 @@ class ProfileConfig(TargetConfig):
     """Images at once when time is measured."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         at_least(self, 1, "batch_size")
 
 

@@ -156,6 +156,7 @@ def run_epoch(
         mix: what is done to each batch before the step, drawn on the host.
 
     Raises:
+        ValueError: a batch to mix has an odd number of images.
         Diverged: too many steps on end, or all of the epoch's, were not finite.
         Stopped: a signal asked for it.
     """
@@ -165,6 +166,11 @@ def run_epoch(
     for images, targets in stage.remaining(batches):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mix is not None:
+            if len(images) % 2:
+                raise ValueError(
+                    f"train_loader: expected an even number of images in each batch, which mixup and cutmix need, got "
+                    f"{len(images)}; give it drop_last=True, or set both to 0"
+                )
             images, targets = mix(images, targets)
         losses = optimization.step(images, targets)
         stepped()

@@ -9,7 +9,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from ofb.engine.checkpoint import write_atomically, write_text
-from ofb.engine.data import data_config
+from ofb.engine.data import data_config, pretrained_cfg
 from ofb.engine.untrusted import parse_json
 from ofb.export.entry_point import NAME, weights_cfg
 from ofb.export.sizes import WEIGHTS, count_params, on_meta
@@ -34,7 +34,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         ValueError: no family of this package knows the model.
     """
     network = describe(model)
-    cfg = weights_cfg(model, (getattr(model, "pretrained_cfg", None) or {}) | data_config(model))
+    cfg = weights_cfg(model, pretrained_cfg(model) | data_config(model))
     labels = {key: cfg.pop(key) for key in LABELS if key in cfg}
     config = {
         "architecture": NAME,

@@ -16,6 +16,7 @@ from ofb.engine.run_folder import (
     METRICS_FILE,
     RECONSTRUCTION_FILE,
     command_of,
+    read_entries,
     resume_command,
 )
 from ofb.engine.untrusted import parse_json, parse_yaml
@@ -66,8 +67,8 @@ class Run:
         return cls(
             folder.resolve().name,
             _read(folder / CONFIG_FILE, parse_yaml, {}),
-            _read(folder / METRICS_FILE, _json_lines, []),
-            _read(folder / HISTORY_FILE, _json_lines, []),
+            read_entries(folder / METRICS_FILE),
+            read_entries(folder / HISTORY_FILE),
             _read(folder / FOUND_FILE, parse_json, {}),
             _read(folder / FIGURES_FILE, parse_json, {}),
             _read(folder / IMPORTANCE_FILE, parse_json, {}),
@@ -136,18 +137,14 @@ def _label_names(export: Path) -> list[str]:
     return _read(path, parse_json, {}).get("label_names", [])
 
 
-def _json_lines(text: str) -> list[Any]:
-    return [parse_json(line) for line in text.splitlines() if line.strip()]
-
-
 def _read(path: Path, parse: Callable[[str], Any], missing: Any) -> Any:
     """What a file holds, or what stands for a file that is not there."""
     if not path.is_file():
         return missing
     try:
         found = parse(path.read_text())
+        if not isinstance(found, type(missing)):
+            raise ValueError(f"expected a {type(missing).__name__}, got {type(found).__name__}")
     except ValueError as error:
-        raise ValueError(f"run: {path} is damaged: {error}") from error
-    if not isinstance(found, type(missing)):
-        raise ValueError(f"run: {path} is damaged: expected a {type(missing).__name__}, got {type(found).__name__}")
+        raise ValueError(f"run: {path} is damaged: {error}; mend or remove it") from error
     return found

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ofb.supernet.bimask import BiMask
@@ -12,6 +13,26 @@ from ofb.supernet.targets import Limits
 
 BiMasks = Mapping[str, BiMask]
 Alive = Mapping[str, Tensor]  # (A, B) bool of each submodule
+
+
+def check_finite(bimasks: BiMasks) -> None:
+    """Raise ValueError where scores, or logits of living candidates, of an open submodule decide nothing.
+
+    Minus infinity does: it is the least important unit, or a candidate of probability 0.
+    """
+    for name, bimask in bimasks.items():
+        if bimask.final:
+            continue
+        is_sound = {
+            ("score", "score_lr"): (bimask.score < torch.inf).all(),  # NaN is not
+            ("alpha", "architecture_lr"): bimask.probabilities().isfinite().all(),
+        }
+        for (tensor, rate), sound in is_sound.items():
+            if not sound:
+                raise ValueError(
+                    f"{tensor}: expected finite numbers in submodule {name}, got NaN or infinity; go back to a state "
+                    f"before it, and lower {rate} or clip the gradient"
+                )
 
 
 def survivors(

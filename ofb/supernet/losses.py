@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ofb.checks import between, check_numbers
 from ofb_kernels.reference import one_hot_losses
 
 DISTILLATIONS = (None, "auto", "soft", "hard")
@@ -102,7 +103,7 @@ class Criterion:
     (DeiT, Touvron et al. 2021, section 4.)
 
     Attributes:
-        smoothing: label smoothing of the cross entropy, for targets given as class indices.
+        smoothing: label smoothing of the cross entropy, for targets given as class indices; from 0 on, below 1.
         distillation: "soft" or "hard", which need a teacher; "auto", soft where there is one; None to ignore it.
         alpha: weight of the teacher.
         tau: temperature of soft distillation.
@@ -117,6 +118,8 @@ class Criterion:
         if self.distillation not in DISTILLATIONS:
             names = ", ".join(str(name) for name in DISTILLATIONS)
             raise ValueError(f"distillation: expected one of {names}, got {self.distillation!r}")
+        check_numbers(self)
+        between(self, 0, 1, "smoothing")
         if not 0 <= self.alpha <= 1 or not self.tau > 0:
             raise ValueError(f"distillation: expected alpha from 0 to 1, tau above 0, got {self.alpha}, {self.tau}")
 

@@ -1,8 +1,11 @@
 """What a search does at which step: λ, the share of masked patches, the one-hot loss, the goal, and when to prune."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from ofb.checks import at_least, check_numbers, within
 
 COUNTS = ("epochs", "steps_per_epoch", "targets", "prunes_per_epoch")
+SHARES = ("lam_start", "lam_end", "mask_ratio_start", "mask_ratio_end", "one_hot_delay", "pace", "settling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,7 @@ class Course:
         warmup_epochs: over which λ and the share of masked patches change; a fifth of `epochs` if None.
         lam_start, lam_end: λ at step 0 and after the warm-up.
         mask_ratio_start, mask_ratio_end: the share of masked patches, likewise.
-        one_hot_delay: share of a target's steps before the one-hot loss sets in.
+        one_hot_delay: share of the first target's steps before the one-hot loss sets in, for good.
         pace: share of a target's steps over which the goal falls to the target, before any candidate may die.
         settling: share of the search at its end in which every pruning event drops candidates.
         prunes_per_epoch: pruning events in an epoch.
@@ -38,12 +41,10 @@ class Course:
     prunes_per_epoch: int
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.name != "warmup_epochs"):
-            value = getattr(self, name)
-            if name in COUNTS and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-            if name not in COUNTS and not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, got {value}")
+        check_numbers(self)
+        at_least(self, 1, *COUNTS)
+        within(self, 0, 1, *SHARES)
+        within(self, 0, self.epochs, "warmup_epochs")
 
     @property
     def total_steps(self) -> int:
@@ -86,6 +87,16 @@ class Course:
         if step < (1 - self.settling) * self.total_steps or targets_passed + 1 < self.targets:
             return None
         return sum(self.prunes_after(later, targets_passed) for later in range(step, self.total_steps + 1))
+
+    def check_target(self, step: int, targets_passed: int) -> None:
+        """Raise ValueError where a step ends the next target's share and the search is not yet on its way there."""
+        target = targets_passed + 1
+        if target < self.targets and step * self.targets >= self.total_steps * (target + 1):
+            due = -(-self.total_steps * target // self.targets)
+            raise ValueError(
+                f"later_targets: expected next_target() after step {due}, where the share of target {target} of "
+                f"{self.targets} ends, got none before step {step}; call extract() for its network, then next_target()"
+            )
 
     @property
     def _warmup_steps(self) -> int:

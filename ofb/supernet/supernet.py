@@ -5,13 +5,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Union
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ofb.checks import at_least, between, finite
 from ofb.supernet import decisions, ranking
 from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, reachable
@@ -138,6 +139,17 @@ class Supernet(nn.Module):
             settling=settling,
             prunes_per_epoch=prunes_per_epoch,
         )
+        numbers = SimpleNamespace(
+            one_hot_weight=one_hot_weight,
+            macs_weight=macs_weight,
+            score_penalty=score_penalty,
+            attention_score_penalty=attention_score_penalty,
+            prune_threshold=prune_threshold,
+            score_mean=score_mean,
+        )
+        finite(numbers, *vars(numbers))
+        at_least(numbers, 0, "one_hot_weight", "macs_weight", "score_penalty", "attention_score_penalty")
+        between(numbers, 0, 1, "prune_threshold")
         choices = {
             "residual_mask": (residual_mask, RESIDUAL_MASKS),
             "score_init": (score_init, SCORE_INITS),
@@ -296,28 +308,44 @@ class Supernet(nn.Module):
             Whether there was a pruning event.
 
         Raises:
-            ValueError: what the optimizer keeps cannot follow; said after its first step, and nothing has been changed.
-                Or a copy is none.
+            ValueError: what the optimizer keeps cannot follow, which is said after its first step; scores or
+                architecture logits are not finite at a pruning event; `next_target()` was not called in time; or a copy
+                is none. Nothing has been changed then.
         """
-        if self.steps == 0:
-            check_moments(self.parameters(), optimizer)
         copies = self._checked_copies(copies)
-        self.steps += 1
+        step = self.steps + 1
+        prunes = ends = False
+        if not self.finished:
+            self.course.check_target(step, self.targets_passed)
+            prunes, ends = self.course.prunes_after(step, self.targets_passed), step >= self.total_steps
+        if prunes or ends:
+            decisions.check_finite(self.bimasks)
+        if prunes or ends or step == 1:
+            check_moments(self.parameters(), optimizer)
         for each in (self, *copies):
-            each.steps, each.targets_passed = self.steps, self.targets_passed
+            each.steps, each.targets_passed = step, self.targets_passed
             each._set_schedules()
-        if self.finished:
-            return False
-        prunes = self.course.prunes_after(self.steps, self.targets_passed)
         if prunes:
             self.prune(optimizer, copies)
-        ends = self.steps >= self.total_steps
         if ends:
             self.finalize(optimizer, copies)
         return prunes or ends
 
     def next_target(self) -> None:
-        """Go on to the next of the later targets; `extract()` before gives the network of this one."""
+        """Go on to the next of the later targets; `extract()` before gives the network of this one.
+
+        Raises:
+            ValueError: no target is left, or no size is open.
+        """
+        if self.targets_passed + 1 == len(self.targets):
+            raise ValueError(
+                f"next_target: expected one of {len(self.targets) - 1} later_targets to be left, got none; leave this "
+                "call out after the last one"
+            )
+        if self.finished:
+            raise ValueError(
+                "next_target: expected sizes that are open, got a search that is over; call it before finalize()"
+            )
         self.targets_passed += 1
         self._set_schedules()
 
@@ -325,6 +353,7 @@ class Supernet(nn.Module):
         """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
         copies = self._checked_copies(copies)
         check_moments(self.parameters(), optimizer)
+        decisions.check_finite(self.bimasks)
         surviving = decisions.survivors(
             self.bimasks,
             self.costs,
@@ -340,6 +369,7 @@ class Supernet(nn.Module):
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
         copies = self._checked_copies(copies)
         check_moments(self.parameters(), optimizer)
+        decisions.check_finite(self.bimasks)
         chosen = decisions.choose(self.bimasks, self.costs, self.target)
         for name, bimask in self.bimasks.items():
             if not bimask.final:
