@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ofb.supernet import budget
-from ofb.supernet.budget import BINS_PER_SUBMODULE, TOLERANCE, choose_sizes, meets, reachable
+from ofb.supernet.budget import BINS_PER_SUBMODULE, TOLERANCE, check_targets, choose_sizes, meets, reachable
 from ofb.supernet.cost import Cost
 
 
@@ -113,3 +113,26 @@ def test_one_binding_budget_among_several():
     costs, limit = {"macs": MACS, "params": PARAMS}, MACS.total({"embed": (1, 16), "attn0": (2, 8), "mlp0": (1, 32)})
     loose = reachable(PARAMS, options)[1]
     assert MACS.total(choose_sizes(costs, options, {"macs": limit, "params": loose})) >= (1 - TOLERANCE) * limit
+
+
+WIDTHS = {"embed": {(1, width): 0.5 for width in range(50, 101)}}
+WIDTH = {"macs": Cost(("embed",), {"embed": 1}, {})}
+
+
+def test_both_edges_of_the_band_are_in_it():
+    for width, is_met in ((97, False), (98, True), (100, True), (101, False)):
+        assert meets(WIDTH, {"embed": {(1, width): 1.0}}, [{"macs": 100}]) == is_met
+
+
+def test_a_target_at_the_end_of_what_is_reachable():
+    check_targets(WIDTH, WIDTHS, [{"macs": 100}, {"macs": 50}])
+    for limit in (101, 49):
+        with pytest.raises(ValueError, match=f"target: expected between 50 and 100 MACs .*, got {limit}"):
+            check_targets(WIDTH, WIDTHS, [{"macs": limit}])
+
+
+def test_a_later_target_lies_below_the_band_of_the_one_before():
+    check_targets(WIDTH, WIDTHS, [{"macs": 100}, {"macs": 97}])
+    for limit in (100, 99, 98):
+        with pytest.raises(ValueError, match=f"later_targets: expected each at least 2% below .*, got {limit} MACs"):
+            check_targets(WIDTH, WIDTHS, [{"macs": 100}, {"macs": limit}])
