@@ -10,6 +10,7 @@ import pytest
 from ofb.supernet import budget
 from ofb.supernet.budget import BINS_PER_SUBMODULE, TOLERANCE, check_targets, choose_sizes, meets, reachable
 from ofb.supernet.cost import Cost
+from ofb.supernet.token_costs import TokenCosts
 
 
 def make_options(widths, attention, hidden, probability):
@@ -117,6 +118,15 @@ def test_one_binding_budget_among_several():
 
 WIDTHS = {"embed": {(1, width): 0.5 for width in range(50, 101)}}
 WIDTH = {"macs": Cost(("embed",), {"embed": 1}, {})}
+
+
+def test_the_number_of_patches_counts_with_its_probability():
+    """The likelier width needs the unlikelier number of patches."""
+    costs = {"macs": TokenCosts({9: Cost(("embed",), {"embed": 10}, {}), 16: Cost(("embed",), {"embed": 5}, {})})}
+    options = {"tokens": {(1, 9): 0.9, (1, 16): 0.1}, "embed": {(1, 10): 0.4, (1, 20): 0.6}}
+    assert choose_sizes(costs, options, {"macs": 100}) == {"tokens": (1, 9), "embed": (1, 10)}
+    options["tokens"] = {(1, 9): 0.5, (1, 16): 0.5}
+    assert choose_sizes(costs, options, {"macs": 100}) == {"tokens": (1, 16), "embed": (1, 20)}
 
 
 def test_both_edges_of_the_band_are_in_it():
