@@ -14,7 +14,15 @@ import ofb
 from ofb.cli import main
 from ofb.engine import checkpoint
 from ofb.engine.config import SearchConfig
-from ofb.engine.distributed import on_main, process_group, rank, was_restarted
+from ofb.engine.distributed import (
+    average_gradients,
+    check_alike,
+    mean_over_processes,
+    on_main,
+    process_group,
+    rank,
+    was_restarted,
+)
 from ofb.engine.search import make_supernet
 from ofb.engine.shards import shard
 from tests.common import tiny_vit
@@ -75,9 +83,25 @@ def what_a_process_finds(number: int, processes: int, folder: str) -> None:
         found = found_by_search(f"{folder}/run") | {"files": files}
     found |= {"shares": shares(), "uneven": error_of(list, shard([torch.zeros(2, 6)], multiple=processes))}
     found["tampered"] = error_of(tampered_search)
+    found["means"] = means()
+    found["other shape"] = error_of(check_other_shape)
     found["on main"] = on_main(rank), error_of(on_main, int, "no number")
     torch.save(found, f"{folder}/{number}.pt")
     dist.destroy_process_group()
+
+
+def means() -> dict[str, torch.Tensor]:
+    """The mean of the processes' numbers, by itself and as the gradient of a layer."""
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.grad = torch.tensor([[1.0, 10.0]]) * rank()  # that of the bias stays None
+    average_gradients(layer)
+    return {"values": mean_over_processes(torch.tensor([1.0, 10.0]) * rank()), "gradient": layer.weight.grad}
+
+
+def check_other_shape() -> None:
+    """The same numbers everywhere, but in the last process a matrix of other rows and columns."""
+    last = rank() == dist.get_world_size() - 1
+    check_alike({"same": [torch.arange(6.0)], "turned": [torch.zeros((3, 2) if last else (2, 3))]}, "here")
 
 
 def shares() -> dict[str, list]:

@@ -52,6 +52,29 @@ def test_matches_float64_without_heads(backend, dtype, device):
     check_op(bimask, inputs, {"counts": [50, 75, 100, 125, 150, 175, 200]}, backend, reduction=200)
 
 
+def test_most_candidates(device):
+    """As many as the kernels hold, in a grid; one more is refused by them and taken by the others."""
+    score, alpha = torch.randn(64, 64, device=device), torch.zeros(64, 64, device=device)
+    counts = (list(range(1, 65)),) * 2
+    mask = bimask(score, alpha, counts, 0.5, backend="triton")
+    torch.testing.assert_close(mask, bimask(score, alpha, counts, 0.5, backend="reference"))
+    score, alpha = torch.randn(17, 241, device=device), torch.zeros(17, 241, device=device)
+    counts = list(range(1, 18)), list(range(1, 242))
+    with pytest.raises(ValueError, match="expected at most 4096 candidates, got 4097"):
+        bimask(score, alpha, counts, 0.5, backend="triton")
+    assert bimask(score, alpha, counts, 0.5).isfinite().all()
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lam_at_an_end_of_its_range(backend, lam, device):
+    inputs = make_inputs(3, 10, torch.float32, device, (2, 3)) | {"lam": torch.tensor(lam, device=device)}
+    masks = [
+        bimask(**inputs | {"lam": each}, counts=([1, 3], [2, 5, 10]), backend=backend) for each in (inputs["lam"], lam)
+    ]
+    assert torch.equal(*masks)
+
+
 @pytest.mark.parametrize("candidates", [33, 65, 256])
 def test_many_candidates_and_units(candidates, device):
     inputs = single(make_inputs(1, 1200, torch.float32, device, (1, candidates)))
@@ -370,6 +393,9 @@ def test_opcheck(device):
         ({"lam": 1.1}, ValueError, r"expected lam in \[0, 1\], got 1.1"),
         ({"lam": float("nan")}, ValueError, r"expected lam in \[0, 1\], got nan"),
         ({"lam": torch.tensor(-0.5)}, ValueError, r"expected lam in \[0, 1\], got -0.5"),
+        ({"lam": torch.tensor(1.0).nextafter(torch.tensor(2.0))}, ValueError, r"expected lam in \[0, 1\], got 1.00000"),
+        ({"lam": torch.tensor(-1e-30)}, ValueError, r"expected lam in \[0, 1\], got -1.0"),
+        ({"lam": -1e-30}, ValueError, r"expected lam in \[0, 1\], got -1e-30"),
         ({"lam": torch.rand(1)}, ValueError, r"expected lam as a float or a 0-d tensor .* got .* shape \(1,\)"),
         ({"lam": torch.tensor(1)}, ValueError, "expected lam as a float or a 0-d tensor .* got torch.int64"),
         ({"lam": torch.tensor(0.5, device="meta")}, ValueError, "expected lam as a float or a 0-d tensor .* on meta"),

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ofb.supernet.cost import Cost
+from ofb.supernet.cost import Cost, readable
 from ofb.supernet.families import build, count_macs, describe
 
 
@@ -58,3 +58,16 @@ def test_expected_costs_are_differentiable_and_exact():
     totals = [cost.total(sizes | {"attn0": size}) for size in ((1, 2), (3, 2))]
     assert expected.item() == 0.25 * totals[0] + 0.75 * totals[1]
     assert p.grad.tolist() == [9 + 2 * 112, 3 * 9 + 6 * 112]
+
+
+def test_expected_costs_are_not_rounded_under_autocast(device):
+    cost = Cost(("embed",), {"embed": 3001}, {("mlp0", "embed"): 1001})
+    expectation = cost.expectation(["embed", "mlp0"], device=device, dtype=torch.float32)
+    heads, units = torch.ones(2, device=device), torch.tensor([385.0, 1537.0], device=device)
+    with torch.autocast(device, torch.bfloat16):
+        assert expectation(heads, units).item() == pytest.approx(cost.total({"embed": (1, 385), "mlp0": (1, 1537)}))
+
+
+def test_readable_amounts():
+    amounts = {1e9: "1 G", 999.9e6: "1e+03 M", 4.6e9: "4.6 G", 1e6: "1 M", 86.57e6: "86.6 M", 1e3: "1 K", 999: "999"}
+    assert {amount: readable(amount) for amount in amounts} == amounts

@@ -60,6 +60,15 @@ def test_settling_leaves_ever_fewer_and_then_the_chosen(bimasks):
     assert {name: bimasks[name].units_kept_by(alive[name])[1] for name in GRIDS} == chosen
 
 
+def test_settling_aims_at_the_first_target(bimasks):
+    """The later one only has to stay within reach."""
+    later = COSTS["macs"].total({"embed": (1, 8), "attn0": (1, 4), "mlp0": (1, 32)})
+    alive = alive_at(bimasks, [FULL, later], threshold=0.0, events_left=1)
+    assert {name: bimasks[name].units_kept_by(alive[name])[1] for name in GRIDS} == decisions.choose(
+        bimasks, COSTS, {"macs": FULL}
+    )
+
+
 def test_settling_never_revives(bimasks):
     alive = alive_at(bimasks, [FULL], events_left=2)
     assert alive["embed"].tolist() == [[False, False, True]]

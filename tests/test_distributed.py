@@ -88,6 +88,19 @@ def test_a_changed_logit_is_noticed_everywhere(job):
         )
 
 
+def test_a_tensor_of_another_shape_is_noticed_everywhere(job):
+    for found in job:
+        expected = f"processes disagree here: expected the same turned everywhere, got others in process {len(job) - 1}"
+        assert found["other shape"].startswith(expected)
+
+
+def test_means_are_over_all_processes(job):
+    mean = sum(range(len(job))) / len(job)
+    for found in job:
+        assert found["means"]["values"].tolist() == [mean, 10 * mean]
+        assert found["means"]["gradient"].tolist() == [[mean, 10 * mean]]
+
+
 def test_shares_are_disjoint_and_complete(job):
     for name, images in {"loader": 21, "iterable": 7, "twice": 7}.items():
         batches = [share for found in job for share in found["shares"][name]]

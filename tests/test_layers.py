@@ -1,5 +1,8 @@
 """Layers under masks that the families share: patches as a product, linear layers as they are, drop path."""
 
+import copy
+from itertools import product
+
 import pytest
 import torch
 from timm.layers import DropPath, RmsNorm
@@ -7,6 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ofb.supernet import Supernet
+from ofb.supernet.families import family_of
 from ofb.supernet.families.layers import (
     add_norm,
     adds_bias,
@@ -15,6 +20,7 @@ from ofb.supernet.families.layers import (
     linear_without_bias,
     patch_embeddings,
     project_patches,
+    scale_rows,
 )
 from ofb_kernels import use_backend
 from tests.common import tiny_swin, tiny_vit
@@ -128,6 +134,62 @@ def test_drop_path_keeps_samples_with_its_probability():
     for scale, keep in ((few, 0.9), (many, 0.4)):
         assert torch.equal(scale.unique(), torch.tensor([0.0, 1 / keep]))
         assert abs(scale.mean() - 1) < 5 * ((1 - keep) / keep / 20_000) ** 0.5  # five standard errors
+
+
+KEEPS = (0.3, 0.5, 0.6, 0.8)  # of each branch: attention and MLP of two blocks
+
+
+def by_kept_branches(network: nn.Module, branches_of, image: torch.Tensor) -> torch.Tensor:
+    """(2, 2, 2, 2, classes): the logits of an image without (0) or with (1) each branch, scaled by 1 / keep."""
+    logits = []
+    for kept in product((0, 1), repeat=len(KEEPS)):
+        scaled = copy.deepcopy(network).eval()
+        with torch.no_grad():
+            for branch, is_kept, keep in zip(branches_of(scaled), kept, KEEPS, strict=True):
+                scale_rows(branch, torch.full((len(branch.weight),), is_kept / keep, dtype=torch.float64))
+            logits.append(scaled(image)[0])
+    return torch.stack(logits).view(*[2] * len(KEEPS), -1)
+
+
+@pytest.mark.parametrize("residual_mask", ["stream", "input"])
+@pytest.mark.parametrize(
+    ("make_model", "options"),
+    [
+        (tiny_vit, {}),
+        (tiny_vit, {"norm_layer": "rmsnorm", "init_values": 0.5}),
+        (tiny_vit, {"name": "eva02_tiny_patch14_224"}),
+        (tiny_swin, {"depths": (1, 1)}),
+    ],
+    ids=["vit", "vit, RMSNorm", "eva", "swin"],
+)
+def test_a_supernet_drops_what_the_dense_network_drops(make_model, options, residual_mask):
+    """In training every sample is one of those that some branches are left out of, as often as the dense network's."""
+    model = make_model(**options).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    blocks = list(family_of(model).blocks(model))
+    for block, keep in zip(blocks, (KEEPS[:2], KEEPS[2:]), strict=True):
+        block.drop_path1, block.drop_path2 = (DropPath(1 - each) for each in keep)
+    supernet = Supernet(model, "50%", epochs=4, steps_per_epoch=6, residual_mask=residual_mask)
+    image = torch.randn(1, 3, *model.patch_embed.img_size, dtype=torch.float64)
+
+    def branches_of(network):
+        network = getattr(network, "model", network)
+        return [layer for block in family_of(network).blocks(network) for layer in (block.attn.proj, block.mlp.fc2)]
+
+    samples = 600
+    for network in (supernet, copy.deepcopy(model)):
+        possible = by_kept_branches(network, branches_of, image)
+        with torch.no_grad():
+            logits = network.train()(image.expand(samples, -1, -1, -1))
+        distances = (logits[:, None] - possible.flatten(0, -2)).abs().amax(-1)
+        assert distances.amin(1).max() < 1e-6  # the scales are drawn in float32
+        assert torch.pdist(possible.flatten(0, -2)).min() > 1e-3
+        kept = torch.stack(torch.unravel_index(distances.argmin(1), possible.shape[:-1])).double()
+        for share, keep in zip(kept.mean(1), KEEPS, strict=True):
+            assert abs(share - keep) < 5 * (keep * (1 - keep) / samples) ** 0.5  # five standard errors
+        assert kept.corrcoef().fill_diagonal_(0).abs().max() < 5 / samples**0.5  # each branch by itself
 
 
 def test_add_norm_drops_the_branches_of_samples():

@@ -74,6 +74,14 @@ def test_flat_images_give_zero(backend, device):
     assert out.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("value", [0.1, 3.7, 100.3, -1e4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounding_makes_no_variance_negative(backend, value, device):
+    """Of a constant far from 0 the mean square may round to less than the squared mean, by more than eps."""
+    images = torch.full((1, 1, 32, 32), value, device=device)
+    assert local_norm(images, backend=backend).isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_window_of_the_whole_image_is_global(backend, device):
     images = torch.randn(2, 3, 8, 8, device=device)

@@ -128,6 +128,15 @@ def test_soft_distillation_is_the_scaled_divergence():
     torch.testing.assert_close(no_labels(teacher, targets, teacher), torch.zeros(()))
 
 
+@pytest.mark.parametrize("distillation", [None, "soft", "hard"])
+def test_logits_of_half_precision_are_taken_to_float32(distillation):
+    logits, teacher, targets = torch.randn(4, 5).half(), torch.randn(4, 5).half(), torch.tensor([0, 2, 4, 4])
+    criterion = Criterion(distillation=distillation, tau=3.0)
+    loss = criterion(logits, targets, teacher)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, criterion(logits.float(), targets, teacher.float()), rtol=1e-6, atol=0)
+
+
 def test_hard_distillation_is_the_cross_entropy_with_the_teachers_classes():
     logits, teacher, targets = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 2, 4, 4])
     expected = 0.7 * F.cross_entropy(logits, targets) + 0.3 * F.cross_entropy(logits, teacher.argmax(1))

@@ -24,6 +24,28 @@ def test_masked_patches_keep_their_share():
         assert torch.equal(result[~replaced], embeddings[~replaced])
 
 
+def test_drawn_are_as_many_as_are_ever_masked():
+    for most, ratio, count in [(0.3, 0.3, 5), (0.01, 0.0, 1), (0.0, 0.0, 1)]:
+        areas, masked = draw_areas(50, 16, torch.tensor(ratio), most)
+        assert areas.shape == (50, count) and masked.all()
+        assert len(set(areas[:, 0].tolist())) > 1  # each image has areas of its own
+
+
+def test_the_mask_token_starts_small_and_takes_the_embeddings_dtype():
+    module = MaskedImages(TokenArea(pixels=(2, 2), rows=2, columns=2), 3, first=4096, last=6, most=0.5)
+    assert module.mask_token.std().item() == pytest.approx(0.02, rel=0.1)
+    for dtype in (torch.bfloat16, torch.float64):
+        hidden, _, _ = module.hide(torch.zeros(2, 4, 4096, dtype=dtype), torch.tensor(0.5), None)
+        assert hidden.dtype == dtype and hidden.any()
+
+
+def test_pictures_of_half_precision_images_are_float32():
+    module = MaskedImages(TokenArea(pixels=(2, 2), rows=2, columns=2), 3, first=5, last=6, most=0.5)
+    images = torch.randn(2, 3, 4, 4).bfloat16()
+    pictures = module.pictures(torch.randn(2, 4, 6), images, *draw_areas(2, 4, torch.tensor(0.5), 0.5), None)
+    assert torch.equal(pictures[0], local_norm(images.float())) and pictures[2].dtype == torch.float32
+
+
 def test_areas_of_several_patches_are_masked_as_a_whole():
     area = TokenArea(pixels=(8, 8), rows=2, columns=3, patches=2)  # 4 × 6 patches
     areas, masked = torch.tensor([[4, 0], [2, 1]]), torch.tensor([True, False])

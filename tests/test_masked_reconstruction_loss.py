@@ -55,6 +55,15 @@ def test_counts_the_pixels_of_masked_areas_only(backend, device):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("value", [0.1, 3.7, 100.3, -1e4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounding_makes_no_variance_negative(backend, value, device):
+    """Of a constant far from 0 the mean square may round to less than the squared mean, by more than eps."""
+    inputs = make_inputs(1, 1, (32, 32), (4, 4), drawn=64, device=device)
+    inputs |= {"images": torch.full_like(inputs["images"], value), "masked": torch.ones_like(inputs["masked"])}
+    assert all(each.isfinite().all() for each in loss_and_gradient(inputs, backend))
+
+
 @pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*BACKENDS))
 def test_matches_float64(backend, dtype, device):
     check(make_inputs(size=(48, 70), pixels=(16, 16), dtype=dtype, device=device), backend)

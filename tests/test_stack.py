@@ -91,9 +91,13 @@ def test_attention_has_a_score_penalty_of_its_own():
 
 
 def test_masks_of_some_submodules():
-    stacks = Stacks({name: BiMask(Candidates((2, 4), (2, 4))) for name in ("mlp0", "attn0")}, PENALTIES)
-    assert stacks.names == ["attn0", "mlp0"]
-    assert set(stacks.masks(LAM)) == {"attn0", "mlp0"} and set(stacks.masks(LAM, names={"mlp0"})) == {"mlp0"}
+    bimasks = {name: BiMask(Candidates((2, 4), (2, 4))) for name in ("mlp0", "attn0", "mlp1")}
+    stacks = Stacks(bimasks, PENALTIES)
+    assert stacks.names == ["attn0", "mlp0", "mlp1"]
+    assert set(stacks.masks(LAM)) == set(bimasks)
+    (found,) = stacks.masks(LAM, names={"mlp0"}).items()
+    assert found[0] == "mlp0"
+    torch.testing.assert_close(found[1], bimasks["mlp0"].mask(LAM))
 
 
 def test_what_is_joined_once_gives_the_same_gradients():

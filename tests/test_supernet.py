@@ -12,6 +12,7 @@ from ofb.supernet import SearchSpace, Supernet
 from ofb.supernet.budget import TOLERANCE
 from ofb.supernet.families import count_macs
 from ofb.supernet.masked_images import draw_areas, replace_patches
+from ofb.supernet.ranking import taylor
 from ofb_kernels import local_norm
 from tests.common import tiny_vit
 
@@ -424,6 +425,29 @@ def test_rank_scores_leaves_the_mode():
     assert supernet.model.training
     supernet.eval().rank_scores([(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))])
     assert not supernet.model.training
+
+
+def test_the_loss_is_asked_of_the_whole_network():
+    """No branch is dropped, whatever the mode, and of several batches each counts."""
+    model = tiny_vit(drop_path_rate=0.9).train()
+    batches = [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1])) for _ in range(2)]
+    both, again = taylor(model, batches), taylor(model.eval(), batches)
+    alone = [taylor(model, [batch]) for batch in batches]
+    for name, importance in both.items():
+        assert torch.equal(importance, again[name])
+        torch.testing.assert_close(importance, alone[0][name] + alone[1][name])
+
+
+def test_the_loss_is_asked_with_averaged_gradients():
+    model, batches = tiny_vit(), [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))]
+
+    def doubled(model):
+        for parameter in model.parameters():
+            parameter.grad.mul_(2)
+
+    plain, averaged = taylor(model, batches), taylor(model, batches, doubled)
+    for name, importance in plain.items():
+        torch.testing.assert_close(averaged[name], 4 * importance)
 
 
 def test_without_masked_image_modelling():

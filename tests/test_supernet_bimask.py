@@ -43,6 +43,47 @@ def test_survivors_follow_the_threshold_and_spare_the_likeliest():
     assert bimask.survivors(100.0).tolist() == [[False, False, False, True]]
 
 
+def test_survivors_are_more_than_the_threshold_among_the_living():
+    bimask = BiMask(Candidates((1,), (2, 4, 6, 8)), architecture_init="equal")
+    assert bimask.survivors(1.0).tolist() == [[True, False, False, False]]  # p = 1 / 4 is not more than 1 / 4
+    bimask.alive[0, :2] = False
+    with torch.no_grad():
+        bimask.alpha.copy_(torch.tensor([[0.9, 0.9, 0.08, 0.92]]).log())
+    assert bimask.survivors(0.2).tolist() == [[False, False, False, True]]  # 0.2 / 2 = 0.1
+
+
+def test_likeliest_candidates_of_the_living_and_the_chosen_one():
+    bimask = BiMask(Candidates((1,), (2, 4, 6, 8)))
+    with torch.no_grad():
+        bimask.alpha.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log())
+    alive = torch.tensor([[True, True, True, False]])
+    assert bimask.likeliest(alive, 1, (1, 2)).tolist() == [[True, False, False, False]]
+    assert bimask.likeliest(alive, 2, (1, 2)).tolist() == [[True, False, True, False]]
+    assert torch.equal(bimask.likeliest(alive, 4, (1, 2)), alive)
+
+
+def test_probabilities_of_sizes_are_over_those_alone():
+    bimask = BiMask(Candidates((1,), (2, 4, 6)))
+    with torch.no_grad():
+        bimask.alpha.copy_(torch.tensor([[0.1, 0.3, 0.6]]).log())
+    assert bimask.sizes(torch.tensor([[True, True, False]])) == pytest.approx({(1, 2): 0.25, (1, 4): 0.75})
+
+
+def test_scores_are_handed_out_by_importance():
+    bimask = BiMask(Candidates((1,), (2, 4)))
+    scores = bimask.score.detach().sort(descending=True).values
+    bimask.rank_scores_by(torch.tensor([1.0, 4.0, 2.0, 3.0]))
+    assert torch.equal(bimask.score, scores[[3, 0, 2, 1]])
+
+
+def test_one_living_candidate_is_not_final_before_the_units_beyond_are_gone():
+    bimask = BiMask(Candidates((1,), (2, 4), excluded=frozenset({(1, 4)})))
+    bimask.refresh()
+    assert bimask.oversized and not bimask.final
+    cut(bimask, bimask.alive)
+    assert not bimask.oversized and bimask.final
+
+
 def test_units_beyond_the_largest_living_candidate_go():
     bimask = BiMask(Candidates((2, 4), (2, 3, 4)))
     alive = torch.tensor([[True, True, False], [False, False, False]])

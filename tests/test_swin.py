@@ -10,6 +10,7 @@ from timm.layers import RmsNorm
 import ofb
 from ofb.supernet import SearchSpace, Supernet
 from ofb.supernet.families import build, count_macs, describe, family_of, swin
+from ofb.supernet.ranking import magnitudes
 from tests.common import tiny_swin
 from tests.test_cost import counted_by_torch
 from tests.test_supernet import RESIDUAL_MASKS, kill_units, train
@@ -60,6 +61,16 @@ def test_published_figures(size, published):
         model = timm.create_model(f"swin_{size}_patch4_window7_224")
     assert count_macs(model) == counted_by_torch(model)
     assert count_macs(model) / 1e9 == pytest.approx(published, rel=0.02)
+
+
+def test_what_belongs_to_a_whole_head_says_nothing_of_its_channels():
+    model = tiny_swin()
+    before = magnitudes(model)
+    with torch.no_grad():
+        for block in swin.blocks(model):
+            block.attn.relative_position_bias_table.add_(1)
+    after = magnitudes(model)
+    assert all(torch.equal(after[name], importance) for name, importance in before.items())
 
 
 def test_couplings_cover_every_dimension_that_has_the_units():

@@ -1,9 +1,10 @@
 """What can be reached within which budgets, and which sizes meet them at the greatest likelihood."""
 
+import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, pairwise
+from itertools import combinations_with_replacement, count, pairwise
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from ofb.supernet.targets import UNITS, Limits, describe_amount, describe_limits
 from ofb.supernet.token_costs import TokenCosts
 
 TOLERANCE = 0.02  # a found network costs at most the target, and no less than 98 % of at least one of its limits
-BINS_PER_SUBMODULE = 400  # costs are rounded up to bins, at most one bin too much for each submodule
+BINS_PER_SUBMODULE = 400  # costs are rounded to bins, at most half a bin off for each submodule
+STEPS = 1000  # most of a search for a likelier combination than the bins keep
+ROUNDING = 1e-9  # of a sum of logarithms
 LEAST_PROBABILITY = 1e-300  # has a logarithm
 MIXTURE_PARTS = 4  # several budgets are weighed against each other in quarters
 
@@ -33,14 +36,22 @@ def choose_sizes(costs: Costs, options: Options, limits: Limits) -> dict[str, Si
     """The combination of sizes of greatest Σ log p that meets a target.
 
     It meets it if no cost exceeds its limit and at least one lies within the tolerance below; more would ask for the
-    impossible, since a network at its limit of MACs has the parameters it has. A knapsack that walks through the
-    network, once for each size of the residual width it is on: with the width fixed, every submodule has a cost of its
-    own. A later width is entered from the best size of the one before.
+    impossible, since a network at its limit of MACs has the parameters it has.
 
-    Several budgets are scalarized (Lagrange): the knapsack is filled with Σ w · cost / limit, for each of a few w, and
-    of what fits best at each filling, the exact costs decide. That is exact where one budget alone binds, and may miss
-    the likeliest combination, though none of its limits, where several bind at once. Where the number of patches is
-    searched, there is a knapsack for each.
+    A knapsack walks through the network, once for each size of the residual width it is on: with the width fixed, every
+    submodule has a cost of its own. Its costs are in bins, and of the ways to a bin it keeps the likeliest. Those of
+    them that meet the target by their exact costs give a first answer. A best-first search (A*) then looks for a
+    likelier one among all combinations that rounding to bins may have moved across an edge of the band, with the
+    knapsack's values as its bound. Where the number of patches is searched, there is a knapsack for each.
+
+    Whatever is returned meets the target. With one budget it is the likeliest combination. Only if the search needs
+    more than `STEPS` steps (for DeiT-S it took about a hundred at most), there may be a likelier one whose cost lies
+    within 1 / `BINS_PER_SUBMODULE` of the limit from an edge of the band, and none further inside.
+
+    Several budgets are scalarized (Lagrange): the knapsack is filled with Σ w · cost / limit, for each of a few w in
+    turn, until a search ends within its steps. Then it is the likeliest combination here, too. This is the rule for
+    small networks and where one of the budgets binds. Where several bind and no search ends, a likelier combination may
+    be missed, or the only one.
 
     Returns:
         (heads, channels) for each submodule, or None where no combination meets the target.
@@ -104,27 +115,38 @@ def _extreme(cost: Cost, options: Options, pick: Callable) -> float:
 
 
 def _candidates(costs: Costs, options: Options, limits: Limits) -> Iterator[tuple[float, dict[str, Size]]]:
-    """(Σ log p, sizes) of the best combination that meets the target, for each number of patches and each mixture of
-    budgets that has one."""
+    """(Σ log p, sizes) of combinations that meet the target, for each number of patches ever likelier ones."""
     if any(isinstance(cost, TokenCosts) for cost in costs.values()):
         for size, probability in options[TOKENS].items():
             there = {kind: cost.at[size[1]] for kind, cost in costs.items()}
             for value, sizes in _candidates(there, options, limits):
-                yield value + math.log(max(probability, LEAST_PROBABILITY)), sizes | {TOKENS: size}
+                yield value + _log(probability), sizes | {TOKENS: size}
         return
     settled = {name: next(iter(sizes)) for name, sizes in options.items() if len(sizes) == 1}
     ceilings = np.array(list(limits.values()), dtype=float)[:, None]
+    best = -math.inf
     for weights in _mixtures(len(limits)):
-        best = None
-        for ways in _fillings([costs[kind] for kind in limits], options, list(limits.values()), weights):
-            meets_it = (ways.spent <= ceilings).all(0) & (ways.spent >= (1 - TOLERANCE) * ceilings).any(0)
-            value = np.where(meets_it, ways.value, -np.inf)
+        fillings = _fillings([costs[kind] for kind in limits], options, list(limits.values()), weights)
+        for ways in fillings:
+            value = np.where(_meets(ways.spent, ceilings), ways.value, -np.inf)
             position = int(value.argmax())
-            if np.isfinite(value[position]) and (best is None or value[position] > best[0]):
-                best = value[position], ways, position
-        if best is not None:
-            value, ways, position = best
-            yield float(value), settled | ways.sizes(position)
+            if value[position] > best:
+                best = float(value[position])
+                yield best, settled | ways.sizes(position)
+        better, is_over = _search(fillings, _bins_of_the_band(len(options), weights), best, ceilings)
+        for best, sizes in better:
+            yield best, settled | sizes
+        if is_over:
+            return
+
+
+def _meets(spent: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
+    """Which exact costs (budgets, N) keep all limits and use up one."""
+    return (spent <= ceilings).all(0) & (spent >= (1 - TOLERANCE) * ceilings).any(0)
+
+
+def _log(probability: float) -> float:
+    return math.log(max(probability, LEAST_PROBABILITY))
 
 
 def _mixtures(count: int) -> list[list[float]]:
@@ -136,12 +158,58 @@ def _mixtures(count: int) -> list[list[float]]:
     return sorted(mixtures, key=lambda weights: -max(weights))
 
 
+def _bins(submodules: int) -> int:
+    """How many bins the limits have: a constant is rounded as well."""
+    return BINS_PER_SUBMODULE * (submodules + 1)
+
+
+def _bins_of_the_band(submodules: int, weights: Sequence[float]) -> slice:
+    """The bins where combinations that meet the target may lie: half a bin off for each part, and one to spare."""
+    bins, drift = _bins(submodules), submodules / 2 + 2
+    return slice(max(0, math.floor(bins * (1 - TOLERANCE) * min(weights) - drift)), math.floor(bins + drift))
+
+
+def _search(
+    fillings: Sequence["_Ways"], band: slice, least: float, ceilings: np.ndarray
+) -> tuple[list[tuple[float, dict[str, Size]]], bool]:
+    """Look for the likeliest combination that meets the target, if it is likelier than `least`.
+
+    A combination is put together from the last submodule to the first. The next step is always at the one with the
+    greatest bound: Σ log p of what is chosen and of the best ways to the rest. So the first one complete is the best.
+
+    Returns:
+        (Σ log p, sizes) of it, or nothing; and whether the search ended within `STEPS`, so that there is none likelier.
+    """
+    order = count(0, -1)  # of equal bounds the newest first: it is the closest to its end
+    queue = []
+
+    def add(ways: _Ways, position: int, value: float, spent: np.ndarray, sizes: dict[str, Size]) -> None:
+        bound = value + ways.value[position]
+        if bound > least + ROUNDING and (spent <= ceilings[:, 0]).all():
+            heapq.heappush(queue, (-bound, next(order), ways, position, value, spent, sizes))
+
+    ends = np.stack([ways.value[band] for ways in fillings])
+    likeliest = np.argsort(-ends, axis=None)[:STEPS]  # there is no step for more
+    for filling, position in zip(*np.unravel_index(likeliest, ends.shape), strict=True):
+        add(fillings[filling], band.start + int(position), 0.0, np.zeros(len(ceilings)), {})
+    for _ in range(STEPS):
+        if not queue:
+            return [], True
+        _, _, ways, position, value, spent, sizes = heapq.heappop(queue)
+        if ways.name is None and _meets((spent + ways.spent[:, position])[:, None], ceilings)[0]:
+            return [(value, sizes)], True
+        for before, size, probability, cost, exact in ways.alternatives:
+            if cost <= position:
+                add(before, position - cost, value + _log(probability), spent + exact, sizes | {ways.name: size})
+    return [], False
+
+
 def _fillings(
     costs: Sequence[Cost], options: Options, limits: Sequence[float], weights: Sequence[float]
-) -> Iterable["_Ways"]:
+) -> list["_Ways"]:
     """The best ways to choose all sizes, for each size of the last residual width and each cost in bins."""
-    bins = BINS_PER_SUBMODULE * (len(options) + 1)
-    length = bins + len(options) + 2  # rounding up may take what just fits beyond the last bin
+    bins = _bins(len(options))
+    length = bins + len(options) + 2  # rounding may take what just fits beyond the last bin
 
     def parts(name: str, size: Size, width: int) -> tuple[int, np.ndarray]:
         return _binned([cost.part(name, size, width) for cost in costs], limits, weights, bins)
@@ -165,7 +233,7 @@ def _fillings(
                 )
             ways_to[size] = ways
         width_before = ways_to
-    return width_before.values()
+    return list(width_before.values())
 
 
 @dataclass
@@ -203,7 +271,7 @@ def _choose(name: str, alternatives: Sequence[tuple[_Ways, Size, float, int, np.
     for index, (before, _, probability, cost, exact) in enumerate(alternatives):
         if cost >= len(value):
             continue
-        candidate = before.value[: len(value) - cost] + np.log(max(probability, LEAST_PROBABILITY))
+        candidate = before.value[: len(value) - cost] + _log(probability)
         better = candidate > value[cost:]
         value[cost:][better] = candidate[better]
         taken[cost:][better] = index
@@ -214,6 +282,6 @@ def _choose(name: str, alternatives: Sequence[tuple[_Ways, Size, float, int, np.
 def _binned(
     amounts: Sequence[float], limits: Sequence[float], weights: Sequence[float], bins: int
 ) -> tuple[int, np.ndarray]:
-    """Costs weighed and in bins, of which the limits have so many, rounded up; and as they are."""
+    """Costs weighed and in bins, of which the limits have so many; and as they are."""
     shares = sum(weight * amount / limit for weight, amount, limit in zip(weights, amounts, limits, strict=True))
-    return math.ceil(shares * bins), np.array(amounts, dtype=float)
+    return round(shares * bins), np.array(amounts, dtype=float)
