@@ -171,9 +171,10 @@ def test_architecture_betas():
     assert architecture["betas"] == (0.5, 0.8, 0.999)
     *_, architecture = torch.optim.AdamW(supernet.parameter_groups(), betas=(0.9, 0.95)).param_groups
     assert architecture["betas"] == (0.5, 0.999)
-    *weights, architecture = supernet.parameter_groups()
-    architecture["betas"] = (0.8, 0.99)
-    assert torch.optim.AdamW([*weights, architecture]).param_groups[-1]["betas"] == (0.8, 0.99)
+    for kind, betas in ((torch.optim.AdamW, (0.8, 0.99)), (timm.optim.Adan, (0.8, 0.7, 0.99))):
+        *weights, architecture = supernet.parameter_groups()
+        architecture["betas"] = betas
+        assert kind([*weights, architecture]).param_groups[-1]["betas"] == betas
 
 
 def test_nothing_is_pruned_where_moments_cannot_follow():

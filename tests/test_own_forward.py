@@ -42,6 +42,10 @@ def patch(model):
     mlp.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), mlp)
 
 
+def patch_with_torch(model):
+    model.blocks[0].mlp.forward = nn.Identity().forward
+
+
 def scale(module, args, output):
     return 2 * output
 
@@ -106,6 +110,7 @@ OBSTACLES = {
     "a LoRA layer": (tiny_vit, adapt, r"blocks\.1\.attn\.qkv: the forward of .*LoRALinear would be passed over; merge"),
     "a LoRA layer in a Swin": (tiny_swin, adapt_swin, r"layers\.1\.blocks\.0\.mlp\.fc1: the forward of .*LoRALinear"),
     "a forward on an instance": (tiny_vit, patch, r"blocks\.0\.mlp: the forward of timm\.layers\.mlp\.Mlp would be"),
+    "torch's forward on an instance": (tiny_vit, patch_with_torch, r"blocks\.0\.mlp: the forward of timm"),
     "tied weights": (tiny_vit, tie, r"blocks\.0\.mlp\.fc2\.weight and blocks\.1\.mlp\.fc2\.weight are one parameter"),
     "a block used twice": (tiny_vit, repeat, r"blocks\.0\..* and blocks\.1\..* are one parameter.*give each its own"),
     "weight_norm": (tiny_vit, parametrize, r"blocks\.0\.mlp\.fc1: its weights are parametrized; .*_parametrizations"),
