@@ -47,13 +47,20 @@ def fresh_supernet(config: SearchConfig, seed=0) -> ofb.Supernet:
 
 
 @pytest.mark.parametrize(
-    ("stage", "module", "epochs"), [("search", ofb.engine.search, 2), ("finetune", ofb.engine.train, 1)]
+    ("stage", "module", "epochs", "opt"),
+    [
+        ("search", ofb.engine.search, 2, "adamw"),
+        ("search", ofb.engine.search, 3, "adagrad"),
+        ("search", ofb.engine.search, 3, "lookahead_adan"),
+        ("finetune", ofb.engine.train, 1, "adamw"),
+    ],
 )
-def test_resumed_equals_uninterrupted(loaders, tmp_path, monkeypatch, stage, module, epochs):
-    config = SearchConfig(**OPTIONS, output=str(tmp_path / "straight"))
+def test_resumed_equals_uninterrupted(loaders, tmp_path, monkeypatch, stage, module, epochs, opt):
+    options = OPTIONS | {"opt": opt}
+    config = SearchConfig(**options, output=str(tmp_path / "straight"))
     supernet = fresh_supernet(config)
     straight = ofb.search(supernet, *loaders, config)
-    config = SearchConfig(**OPTIONS, output=str(tmp_path / "resumed"))
+    config = SearchConfig(**options, output=str(tmp_path / "resumed"))
     with monkeypatch.context() as patched:
         interrupt_after(patched, module, epochs)
         with pytest.raises(KeyboardInterrupt):
@@ -62,7 +69,7 @@ def test_resumed_equals_uninterrupted(loaders, tmp_path, monkeypatch, stage, mod
     assert (interrupted["stage"], interrupted["epoch"]) == (stage, epochs - 1)
     if stage == "search":  # candidates have died by then: the state to load has other shapes than a fresh supernet
         assert interrupted["alive"] < sum(fresh_supernet(config).alive_candidates().values())
-    config = SearchConfig(**OPTIONS, output=str(tmp_path / "resumed"), resume=True)
+    config = SearchConfig(**options, output=str(tmp_path / "resumed"), resume=True)
     other = fresh_supernet(config, seed=1)
     resumed = ofb.search(other, *loaders, config)
     assert_same_weights(resumed, straight)

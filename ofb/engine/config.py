@@ -250,7 +250,7 @@ class TrainingConfig(RunConfig, DataConfig):
     def _check_optimizer(self) -> None:
         from timm.optim import list_optimizers
 
-        if self.opt not in list_optimizers():
+        if self.opt.removeprefix("lookahead_") not in list_optimizers():
             close = ", ".join(difflib.get_close_matches(self.opt, list_optimizers())) or "adamw"
             raise ValueError(f"opt: expected a timm optimizer, got {self.opt!r}; did you mean {close}?")
 
