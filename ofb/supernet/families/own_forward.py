@@ -19,8 +19,8 @@ def obstacles(model: nn.Module) -> Obstacles:
         yield parametrized, f"{name}: its weights are parametrized; remove that before (remove_parametrizations)"
         hook = next((each for kind in HOOKS for each in getattr(module, kind).values()), None)
         yield hook is not None, f"{name}: its hook {_name_of(hook)} would be passed over; remove it before"
-        forward = vars(module).get("forward", type(module).forward)
-        own = not getattr(forward, "__module__", "").startswith(LIBRARIES) or "forward" in vars(module)
+        written_in = getattr(type(module).forward, "__module__", "")
+        own = "forward" in vars(module) or not written_in.startswith(LIBRARIES)
         kind = f"{type(module).__module__}.{type(module).__name__}"
         yield own, f"{name}: the forward of {kind} would be passed over; merge what it adds into the weights before"
     users = defaultdict(list)
