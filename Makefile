@@ -40,7 +40,7 @@ demo: $(STAMP)  ## train, search and export a small ViT on real images: under 5 
 	$(BIN)/ofb train --output runs/demo-dense $(DEMO) $(DEMO_DENSE)
 	$(BIN)/ofb search --output runs/demo --checkpoint runs/demo-dense $(DEMO) $(DEMO_SEARCH)
 
-test: $(STAMP)  ## lint and every test: about 20 minutes on two cores
+test: $(STAMP)  ## lint and every test: about 25 minutes on two cores
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
