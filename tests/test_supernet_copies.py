@@ -174,10 +174,11 @@ def test_states_of_something_else_change_nothing():
     train(supernet, make_optimizer(supernet), range(16))
     other = make_supernet(tiny_vit(depth=1))
     earlier = supernet.state_dict() | {"_extra_state": {"steps": 9}}
-    for state in (other.state_dict(), supernet.model.state_dict(), earlier):
+    wider = make_supernet(tiny_vit(embed_dim=64))
+    for state in (other.state_dict(), wider.state_dict(), supernet.model.state_dict(), earlier):
         fresh = make_supernet()
         before = copy.deepcopy(fresh.state_dict())
-        with pytest.raises(ValueError, match="state_dict: expected what the state_dict.* lacking the tensor"):
+        with pytest.raises(ValueError, match="state_dict: expected the state_dict.* of a supernet.*, got another"):
             fresh.load_state_dict(state)
         assert_alike_states(fresh.state_dict(), before)
 

@@ -45,7 +45,7 @@ def choose_sizes(costs: Costs, options: Options, limits: Limits) -> dict[str, Si
     knapsack's values as its bound. Where the number of patches is searched, there is a knapsack for each.
 
     Whatever is returned meets the target. With one budget it is the likeliest combination. Only if the search needs
-    more than `STEPS` steps (for DeiT-S it took about a hundred at most), there may be a likelier one whose cost lies
+    more than `STEPS` steps, there may be a likelier one whose cost lies
     within 1 / `BINS_PER_SUBMODULE` of the limit from an edge of the band, and none further inside.
 
     Several budgets are scalarized (Lagrange): the knapsack is filled with Σ w · cost / limit, for each of a few w in
@@ -128,7 +128,7 @@ def _candidates(costs: Costs, options: Options, limits: Limits) -> Iterator[tupl
     for weights in _mixtures(len(limits)):
         fillings = _fillings([costs[kind] for kind in limits], options, list(limits.values()), weights)
         for ways in fillings:
-            value = np.where(_meets(ways.spent, ceilings), ways.value, -np.inf)
+            value = np.where(_in_band(ways.spent, ceilings), ways.value, -np.inf)
             position = int(value.argmax())
             if value[position] > best:
                 best = float(value[position])
@@ -140,7 +140,7 @@ def _candidates(costs: Costs, options: Options, limits: Limits) -> Iterator[tupl
             return
 
 
-def _meets(spent: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
+def _in_band(spent: np.ndarray, ceilings: np.ndarray) -> np.ndarray:
     """Which exact costs (budgets, N) keep all limits and use up one."""
     return (spent <= ceilings).all(0) & (spent >= (1 - TOLERANCE) * ceilings).any(0)
 
@@ -196,7 +196,7 @@ def _search(
         if not queue:
             return [], True
         _, _, ways, position, value, spent, sizes = heapq.heappop(queue)
-        if ways.name is None and _meets((spent + ways.spent[:, position])[:, None], ceilings)[0]:
+        if ways.name is None and _in_band((spent + ways.spent[:, position])[:, None], ceilings)[0]:
             return [(value, sizes)], True
         for before, size, probability, cost, exact in ways.alternatives:
             if cost <= position:

@@ -18,7 +18,7 @@ from ofb.supernet.bimask import ARCHITECTURE_INITS, BiMask
 from ofb.supernet.budget import check_targets, reachable
 from ofb.supernet.cost_kinds import costs_of
 from ofb.supernet.equivalence import check_equivalence
-from ofb.supernet.families import FAMILIES, check, family_of
+from ofb.supernet.families import FAMILIES, check_searchable, family_of
 from ofb.supernet.families.tokens import kept_patches, search_tokens
 from ofb.supernet.goals import Goals
 from ofb.supernet.latency import LatencyTable
@@ -36,6 +36,7 @@ from ofb_kernels.reference import one_hotness
 
 RESIDUAL_MASKS = ("stream", "input")
 SCORE_INITS = ("taylor", "magnitude", "random")
+COUNTS = ("head_counts", "channel_counts")
 STATE_BYTES = 256  # for the choice of a submodule
 Copies = Union["Supernet", Iterable["Supernet"]]
 AllMasks = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -163,7 +164,7 @@ class Supernet(nn.Module):
                 "criterion: expected one of your own for a model without a classifier (num_classes=0), got None; "
                 "it is given what the model returns"
             )
-        check(model)
+        check_searchable(model)
         self.model, space = model, space or SearchSpace()
         self.family_name = family_of(model).NAME
         if space.tokens:
@@ -319,8 +320,8 @@ class Supernet(nn.Module):
             self.course.check_target(step, self.targets_passed)
             prunes, ends = self.course.prunes_after(step, self.targets_passed), step >= self.total_steps
         if prunes or ends:
-            decisions.check_finite(self.bimasks)
-        if prunes or ends or step == 1:
+            self._check_state(optimizer)
+        elif step == 1:
             check_moments(self.parameters(), optimizer)
         for each in (self, *copies):
             each.steps, each.targets_passed = step, self.targets_passed
@@ -352,8 +353,7 @@ class Supernet(nn.Module):
     def prune(self, optimizer: Optimizer | None = None, copies: Copies = ()) -> None:
         """Drop unlikely candidates and the units beyond the largest ones left (`decisions.survivors`)."""
         copies = self._checked_copies(copies)
-        check_moments(self.parameters(), optimizer)
-        decisions.check_finite(self.bimasks)
+        self._check_state(optimizer)
         surviving = decisions.survivors(
             self.bimasks,
             self.costs,
@@ -368,8 +368,7 @@ class Supernet(nn.Module):
     def finalize(self, optimizer: Optimizer | None = None, copies: Copies = ()) -> None:
         """Fix every open size: the combination of greatest Σ log p, over what is alive, that meets the target."""
         copies = self._checked_copies(copies)
-        check_moments(self.parameters(), optimizer)
-        decisions.check_finite(self.bimasks)
+        self._check_state(optimizer)
         chosen = decisions.choose(self.bimasks, self.costs, self.target)
         for name, bimask in self.bimasks.items():
             if not bimask.final:
@@ -455,25 +454,18 @@ class Supernet(nn.Module):
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        for name, value in json.loads(bytes(state.tolist())).items():
-            setattr(self, name, value)
+        saved = json.loads(bytes(state.tolist()))
+        self.steps, self.targets_passed, self.choices = saved["steps"], saved["targets_passed"], saved["choices"]
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """Load a state, first cutting this supernet to the sizes it had when the state was saved.
 
         Raises:
-            ValueError: it is no state of such a supernet; nothing has been changed then.
+            ValueError: it lacks sizes, or has others than this supernet's; nothing has been changed then.
         """
-        kinds = ("alive", "head_counts", "channel_counts")
-        needed = [f"bimasks.{name}.{kind}" for name in self.bimasks for kind in kinds] + ["_extra_state"]
-        lacking = [key for key in needed if not isinstance(state_dict.get(key), Tensor)]
-        if lacking:
-            raise ValueError(
-                "state_dict: expected what the state_dict() of a supernet over the same model gave in this version, "
-                f"lacking the tensor {lacking[0]}; make the supernet as it was made then"
-            )
+        self._check_sizes(state_dict)
         for name, bimask in self.bimasks.items():
-            saved = {kind: state_dict[f"bimasks.{name}.{kind}"] for kind in kinds}
+            saved = {kind: state_dict[f"bimasks.{name}.{kind}"] for kind in ("alive", *COUNTS)}
             size = (int(saved["head_counts"][-1]), int(saved["channel_counts"][-1]))
             rows, columns = saved["alive"].shape
             alive = torch.zeros_like(bimask.alive)
@@ -542,6 +534,23 @@ class Supernet(nn.Module):
         if self.searches_tokens:
             sizes.append(self.bimasks[TOKENS].probabilities().flatten())
         return one_hot, sizes
+
+    def _check_state(self, optimizer: Optimizer | None) -> None:
+        """Make sure that units can be removed, before any is."""
+        check_moments(self.parameters(), optimizer)
+        decisions.check_finite(self.bimasks)
+
+    def _check_sizes(self, state_dict: Mapping) -> None:
+        """Make sure that a state is of such a supernet, as it is now or smaller."""
+        counts = {f"bimasks.{name}.{kind}": getattr(b, kind) for name, b in self.bimasks.items() for kind in COUNTS}
+        others = [key for key, ours in counts.items() if not _begins_alike(state_dict.get(key), ours)]
+        if not isinstance(state_dict.get("_extra_state"), Tensor):
+            others.append("_extra_state")
+        if others:
+            raise ValueError(
+                "state_dict: expected the state_dict() of a supernet over the same model, saved by this version, got "
+                f"another {others[0]} or none; make the supernet as it was made then"
+            )
 
     def _checked_copies(self, copies: Copies) -> tuple["Supernet", ...]:
         copies = (copies,) if isinstance(copies, nn.Module) else tuple(copies)
@@ -619,3 +628,7 @@ class Supernet(nn.Module):
 
     def _casts_at_once(self) -> AbstractContextManager:
         return nullcontext() if torch.compiler.is_compiling() else self.casts
+
+
+def _begins_alike(part: object, whole: Tensor) -> bool:
+    return isinstance(part, Tensor) and torch.equal(part.to(whole.device), whole[: len(part)])

@@ -8,7 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ofb.supernet.families import eva, own_forward, swin, vit, vit_checks
+from ofb.supernet.families import eva, module_checks, swin, vit, vit_checks
 
 KINDS = (VisionTransformer, Eva, SwinTransformer)
 EXAMPLES = ("deit_small_patch16_224", "vit_small_patch16_dinov3", "swin_tiny_patch4_window7_224")
@@ -34,16 +34,16 @@ class Support:
 def supports(model: nn.Module) -> Support:
     """Whether a model can be searched, and if not, why."""
     try:
-        check(model)
+        check_searchable(model)
     except ValueError as error:
         return Support(False, str(error).removeprefix("model: "))
     return Support(True)
 
 
-def check(model: nn.Module) -> None:
+def check_searchable(model: nn.Module) -> None:
     """Raise ValueError, saying why, where a model cannot be searched."""
     if isinstance(model, KINDS):
-        vit_checks.raise_first(own_forward.obstacles(model))
+        vit_checks.raise_first(module_checks.obstacles(model))
     family_of(model)
 
 

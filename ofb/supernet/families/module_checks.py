@@ -1,4 +1,4 @@
-"""What a supernet would pass over: it reads a model's weights, and does not call the modules that hold them."""
+"""What a model's modules do besides what their classes say: a supernet reads their weights and does not call them."""
 
 from collections import defaultdict
 
